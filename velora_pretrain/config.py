@@ -1,0 +1,497 @@
+"""A run, described whole: pydantic models of a recipe and of the resolved configuration.
+
+Every field's docstring is its help text. Models are frozen, an unknown key is an error with its dotted path, validation
+never changes a value, and what follows from other values is a property. No torch here: configuration errors answer at
+once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import tomllib
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from velora_pretrain.errors import UserError
+
+Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
+ModeName = Literal["full", "velora"]
+MODES: tuple[ModeName, ...] = get_args(ModeName)
+Precision = Literal["fp32", "bf16-mixed", "bf16"]
+
+
+class Section(BaseModel):
+    """Base of every table: frozen, strict about keys, help text from docstrings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class LlamaConfig(Section):
+    """Dimensions of a LLaMA model, in the names of Hugging Face's config.json."""
+
+    vocab_size: PositiveInt = 32_000
+    """Rows of the embedding and of the head."""
+    hidden_size: PositiveInt
+    """Width of the residual stream."""
+    intermediate_size: PositiveInt
+    """Width of the SwiGLU product."""
+    num_hidden_layers: PositiveInt
+    """Number of transformer blocks."""
+    num_attention_heads: PositiveInt
+    """Query heads per block."""
+    num_key_value_heads: PositiveInt
+    """Key and value heads per block; fewer than the query heads means grouped-query attention."""
+    max_position_embeddings: PositiveInt = 1024
+    """Longest sequence, in tokens."""
+    rms_norm_eps: PositiveFloat = 1e-6
+    """Added to the mean square in RMSNorm."""
+    rope_theta: PositiveFloat = 10_000.0
+    """Base of the rotary frequencies."""
+    initializer_range: PositiveFloat = 0.02
+    """Standard deviation of the initial weights."""
+    tie_word_embeddings: bool = False
+    """Whether head and embedding are one matrix; only untied models are trained, tied ones are evaluated."""
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of weights, embedding and head included."""
+        keys_values = 2 * self.hidden_size * self.num_key_value_heads * self.head_dim
+        attention = 2 * self.hidden_size * self.hidden_size + keys_values
+        block = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
+        embeddings = (1 if self.tie_word_embeddings else 2) * self.vocab_size * self.hidden_size
+        return embeddings + self.num_hidden_layers * block + self.hidden_size
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> LlamaConfig:
+        if self.hidden_size % self.num_attention_heads or self.head_dim % 2:
+            raise ValueError(
+                f"model.num_attention_heads: {self.num_attention_heads} heads do not split hidden_size"
+                f" {self.hidden_size} into heads of even width"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"model.num_key_value_heads: {self.num_key_value_heads} does not divide the"
+                f" {self.num_attention_heads} query heads"
+            )
+        return self
+
+
+def _published(hidden: int, intermediate: int, layers: int, heads: int, vocab_size: int = 32_000) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+    )
+
+
+SIZES: dict[str, LlamaConfig] = {
+    "9m": _published(128, 352, 4, 4),
+    "20m": _published(256, 688, 4, 4),
+    "35m": _published(384, 1024, 6, 8),
+    "60m": _published(512, 1376, 8, 8),
+    "71m": _published(512, 1368, 12, 8),
+    "100m": _published(640, 1708, 12, 10, vocab_size=32_100),
+    "130m": _published(768, 2048, 12, 12),
+    "250m": _published(768, 2560, 24, 16),
+    "350m": _published(1024, 2736, 24, 16),
+    "1b": _published(2048, 5461, 24, 32),
+    "3b": _published(2560, 6848, 32, 32),
+    "7b": _published(4096, 11_008, 32, 32),
+    "13b": _published(5120, 13_824, 40, 40),
+}
+"""Published configurations (GaLore's configs/; 13b: LLaMA, arXiv 2302.13971, table 2)."""
+
+PUBLISHED_STEPS = {"60m": 10_000, "130m": 20_000, "350m": 60_000, "1b": 100_000}
+"""Optimizer steps of the published runs (GaLore, arXiv 2403.03507, table 2)."""
+
+
+class ModelTable(Section):
+    """`[model]`: explicit dimensions, or changes to those of `size`. Names as in Hugging Face's config.json."""
+
+    vocab_size: PositiveInt | None = None
+    """Rows of the embedding and of the head."""
+    hidden_size: PositiveInt | None = None
+    """Width of the residual stream."""
+    intermediate_size: PositiveInt | None = None
+    """Width of the SwiGLU product."""
+    num_hidden_layers: PositiveInt | None = None
+    """Number of transformer blocks."""
+    num_attention_heads: PositiveInt | None = None
+    """Query heads per block."""
+    num_key_value_heads: PositiveInt | None = None
+    """Key and value heads per block; by default as many as query heads."""
+    max_position_embeddings: PositiveInt | None = None
+    """Longest sequence, in tokens."""
+    rms_norm_eps: PositiveFloat | None = None
+    """Added to the mean square in RMSNorm."""
+    rope_theta: PositiveFloat | None = None
+    """Base of the rotary frequencies."""
+    initializer_range: PositiveFloat | None = None
+    """Standard deviation of the initial weights."""
+
+
+class BatchTable(Section):
+    """`[batch]`: what one optimizer step reads."""
+
+    sequences: PositiveInt = 512
+    """Sequences per optimizer step, over all devices."""
+    micro_batch: PositiveInt | Literal["auto"] = "auto"
+    """Sequences per forward pass on one device, or auto."""
+    sequence_length: int = Field(default=256, ge=2)
+    """Tokens per sequence."""
+
+
+class ScheduleTable(Section):
+    """`[schedule]`: how long, and the learning rate's course."""
+
+    steps: PositiveInt | None = None
+    """Optimizer steps; by default the published number for the size (10,000 where none is published)."""
+    warmup_steps: NonNegativeInt | None = None
+    """Steps of linear warm-up; by default 10 % of the steps."""
+    kind: Literal["cosine", "linear", "constant"] = "cosine"
+    """Course after the warm-up."""
+    min_lr_ratio: float = Field(default=0.1, ge=0.0, le=1.0)
+    """Learning rate at the last step, as a share of the peak (cosine and linear)."""
+
+
+class OptimizerTable(Section):
+    """`[optimizer]`: AdamW (arXiv 1711.05101)."""
+
+    lr: PositiveFloat = 1e-3
+    """Peak learning rate; a mode's own `lr` goes before it."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of the two moments."""
+    eps: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay, on matrices only."""
+    clip_norm: NonNegativeFloat = 0.0
+    """Largest global gradient norm; 0 clips nothing."""
+
+    @model_validator(mode="after")
+    def _betas_in_range(self) -> OptimizerTable:
+        if not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise ValueError(f"optimizer.betas: {list(self.betas)} must lie in [0, 1)")
+        return self
+
+
+class MemoryTable(Section):
+    """`[memory]`: what is kept for the backward pass."""
+
+    recompute: Literal["none", "elementwise"] = "none"
+    """none, or elementwise: norm outputs and the SwiGLU product are rebuilt exactly in the backward pass."""
+
+
+class EvaluationTable(Section):
+    """`[evaluation]`: validation perplexity during the run and at its end."""
+
+    every_steps: NonNegativeInt = 1000
+    """Optimizer steps between evaluations; 0 evaluates only at the end."""
+    tokens: PositiveInt = 10_000_000
+    """Validation targets to score, in tokens; all of them where the data holds fewer."""
+
+
+class CheckpointTable(Section):
+    """`[checkpoint]`: what is kept of the run while it goes on."""
+
+    every_steps: NonNegativeInt = 1000
+    """Optimizer steps between checkpoints; 0 writes one only at the end."""
+    every_minutes: NonNegativeFloat = 30.0
+    """Longest time between checkpoints, in minutes; 0 sets no such limit."""
+    keep_last: PositiveInt = 2
+    """Newest checkpoints kept; older ones are removed."""
+
+
+class ReadingTable(Section):
+    """`[reading]`: how documents are read."""
+
+    shuffle_block_documents: PositiveInt = 1024
+    """Documents read and permuted together."""
+    max_bad_lines: NonNegativeInt = 0
+    """Unreadable records skipped before reading stops with an error."""
+    holdout_every_documents: int = Field(default=50, ge=2)
+    """Of data without validation files, every so many-th document is kept from training, for validation."""
+    prefetch_batches: PositiveInt = 4
+    """Batches read and tokenised ahead of the training step."""
+
+
+class FullTable(Section):
+    """`[modes.full]`: full-rank AdamW."""
+
+    lr: PositiveFloat | None = None
+    """Peak learning rate of this mode; by default `optimizer.lr`."""
+
+
+class VeLoRATable(Section):
+    """`[modes.velora]`: rank-1 sub-token projections (arXiv 2405.17991)."""
+
+    layers: tuple[Projection, ...] | Literal["all"] = ("v_proj", "down_proj")
+    """Projections that are compressed; the paper's value and down by default, or all."""
+    num_groups: dict[Projection, PositiveInt] = Field(default_factory=dict)
+    """Sub-tokens per token and projection; the paper's at 60m and 130m, else sub-tokens of width near 16."""
+    init: Literal["batch_average_once", "running_average", "svd", "random"] = "batch_average_once"
+    """How the direction v comes from the data."""
+    refresh_every: NonNegativeInt = 0
+    """Steps after which v is taken anew from the current batch; 0 keeps the first."""
+    scale: PositiveFloat = 1.0
+    """Factor on the compressed weight gradient."""
+    update: Literal["dense", "projected"] = "dense"
+    """dense: AdamW on the dense gradient C ⊗ v, the paper's; projected: AdamW on C, the step stays along v."""
+    lr: PositiveFloat | None = None
+    """Peak learning rate of this mode; by default `optimizer.lr`."""
+
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        """The compressed projections by name."""
+        return PROJECTIONS if self.layers == "all" else self.layers
+
+    @model_validator(mode="after")
+    def _layers_agree(self) -> VeLoRATable:
+        if not self.layers:
+            raise ValueError('modes.velora.layers: name at least one projection, or "all"')
+        unused = set(self.num_groups) - set(self.projections)
+        if unused and self.layers != ("v_proj", "down_proj"):
+            raise ValueError(
+                f"modes.velora.num_groups.{sorted(unused)[0]}: this projection is not in modes.velora.layers"
+            )
+        if self.refresh_every and self.init == "running_average":
+            raise ValueError("modes.velora.refresh_every: a running average moves at every step; leave this 0")
+        return self
+
+
+class ModesTable(Section):
+    """`[modes]`: one table per training mode."""
+
+    full: FullTable = FullTable()
+    """Full-rank training."""
+    velora: VeLoRATable = VeLoRATable()
+    """Compressed activations and gradients."""
+
+
+class Run(Section):
+    """A whole run: what a recipe holds, and what `config.toml` in a run folder records."""
+
+    size: str | None = None
+    """Model size: 9m, 20m, 35m, 60m, 71m, 100m, 130m, 250m, 350m, 1b, 3b, 7b or 13b; or give [model] instead."""
+    mode: ModeName = "full"
+    """Training mode: full or velora."""
+    data: str = "auto"
+    """auto, c4, sample, or a path, glob or URL of .json(.gz), .jsonl(.gz/.zst) or .parquet files."""
+    validation_data: str | None = None
+    """Like data, for evaluation; by default C4's validation split, or documents held out of the training data."""
+    tokenizer: str = "bundled"
+    """bundled, a SentencePiece model's path, or a name on the Hugging Face hub."""
+    packing: Literal["pad", "pack"] = "pad"
+    """pad: one document per sequence, truncated or padded; pack: documents end to end."""
+    precision: Precision = "fp32"
+    """fp32, bf16-mixed (fp32 weights, bf16 arithmetic) or bf16 (weights too)."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+    seed: NonNegativeInt = 0
+    """Seed of the initial weights and of the data order."""
+    model: ModelTable = ModelTable()
+    """Explicit dimensions."""
+    batch: BatchTable = BatchTable()
+    """What one optimizer step reads."""
+    schedule: ScheduleTable = ScheduleTable()
+    """Steps and learning-rate course."""
+    optimizer: OptimizerTable = OptimizerTable()
+    """AdamW."""
+    memory: MemoryTable = MemoryTable()
+    """Recomputation."""
+    evaluation: EvaluationTable = EvaluationTable()
+    """Validation."""
+    checkpoint: CheckpointTable = CheckpointTable()
+    """Checkpoints."""
+    reading: ReadingTable = ReadingTable()
+    """Reading of documents."""
+    modes: ModesTable = ModesTable()
+    """Settings of each mode."""
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Run:
+        if self.size is not None and self.size not in SIZES:
+            raise ValueError(
+                f"size: {self.size!r} is not a size; {_nearest(self.size, SIZES)}choose from {', '.join(SIZES)}"
+            )
+        dimensions = self.llama
+        if self.batch.sequence_length > dimensions.max_position_embeddings:
+            raise ValueError(
+                f"batch.sequence_length: {self.batch.sequence_length} is longer than the model's"
+                f" {dimensions.max_position_embeddings} positions; lower it or raise model.max_position_embeddings"
+            )
+        if self.warmup_steps > self.steps:
+            raise ValueError(
+                f"schedule.warmup_steps: {self.warmup_steps} is more than the {self.steps} steps of the run;"
+                " lower it or leave it out"
+            )
+        if isinstance(self.batch.micro_batch, int) and self.batch.sequences % self.batch.micro_batch:
+            raise ValueError(
+                f"batch.micro_batch: {self.batch.micro_batch} does not divide batch.sequences {self.batch.sequences}"
+            )
+        return self
+
+    @property
+    def llama(self) -> LlamaConfig:
+        """The model's dimensions: those of `size`, with what `[model]` gives in their place.
+
+        Raises:
+            ValueError: without `size`, a dimension is missing in `[model]`.
+        """
+        given = self.model.model_dump(exclude_none=True)
+        if self.size is not None:
+            base = SIZES[self.size].model_dump()
+            if "num_attention_heads" in given:
+                base["num_key_value_heads"] = given["num_attention_heads"]
+            return LlamaConfig.model_validate(base | given)
+        for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            if key not in given:
+                raise ValueError(f"model.{key}: missing; give size (for example 60m) or all dimensions in [model]")
+        return LlamaConfig.model_validate({"num_key_value_heads": given["num_attention_heads"]} | given)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run."""
+        return self.schedule.steps or PUBLISHED_STEPS.get(self.size or "", 10_000)
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of linear warm-up."""
+        return self.steps // 10 if self.schedule.warmup_steps is None else self.schedule.warmup_steps
+
+    @property
+    def lr(self) -> float:
+        """Peak learning rate of the chosen mode."""
+        return getattr(self.modes, self.mode).lr or self.optimizer.lr
+
+    @property
+    def name(self) -> str:
+        """Short name of model and mode, for folders and tables."""
+        return f"{self.size or 'custom'}-{self.mode}"
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the whole configuration."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+
+def build_run(values: dict[str, Any], *, where: str) -> Run:
+    """Validates the nested `values` of a recipe.
+
+    Args:
+        values: tables and keys, as TOML gives them.
+        where: what to name in errors: a recipe's path, or "command line".
+
+    Raises:
+        UserError: an unknown key, a wrong type or an impossible combination; names the dotted key.
+    """
+    try:
+        return Run.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{where}: {_first_problem(error)}") from None
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Reads a TOML recipe.
+
+    Raises:
+        UserError: no such file, or not TOML; names file and line.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such recipe") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a TOML recipe: {error}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def apply_override(values: dict[str, Any], assignment: str) -> None:
+    """Sets one `dotted.key=value` of `--set` in nested `values`; the value is TOML, or else a bare string.
+
+    Raises:
+        UserError: no `=`, or a key below something that is no table.
+    """
+    key, equals, text = assignment.partition("=")
+    key, text = key.strip(), text.strip()
+    if not equals or not key:
+        raise UserError(f"--set {assignment}: write it as dotted.key=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    set_dotted(values, key, value)
+
+
+def set_dotted(values: dict[str, Any], key: str, value: object) -> None:
+    """Sets `key`, a dotted path, in nested `values`.
+
+    Raises:
+        UserError: the path leads below something that is no table.
+    """
+    *tables, last = key.split(".")
+    table = values
+    for name in tables:
+        table = table.setdefault(name, {})
+        if not isinstance(table, dict):
+            raise UserError(f"{key}: {name} is a value, not a table")
+    table[last] = value
+
+
+def differences(left: Run, right: Run) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys in which two runs differ, with both values."""
+    ours, theirs = _flatten(left.model_dump(mode="json")), _flatten(right.model_dump(mode="json"))
+    keys = sorted(ours.keys() | theirs.keys())
+    return {key: (ours.get(key), theirs.get(key)) for key in keys if ours.get(key) != theirs.get(key)}
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _nearest(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"did you mean {close[0]!r}? " if close else ""
+
+
+def _first_problem(error: ValidationError) -> str:
+    """One line for the first problem, with its dotted key."""
+    problem = error.errors(include_url=False)[0]
+    path = [str(part) for part in problem["loc"]]
+    if problem["type"] == "extra_forbidden":
+        table: Any = Run
+        for part in path[:-1]:
+            table = table.model_fields[part].annotation
+        return f"{'.'.join(path)}: no such key; {_nearest(path[-1], table.model_fields)}see the recipes for the keys"
+    if problem["type"] == "value_error":
+        return problem["msg"].removeprefix("Value error, ")
+    # A union's members and a literal's alternatives add parts to the path that no recipe contains.
+    keys = [part for part in path if part.isidentifier()]
+    return f"{'.'.join(keys)}: {problem['msg'][0].lower()}{problem['msg'][1:]} (got {problem['input']!r})"

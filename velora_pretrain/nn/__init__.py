@@ -1,0 +1,1 @@
+"""The model, its linear layers and its loss."""

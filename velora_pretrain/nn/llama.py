@@ -1,0 +1,244 @@
+"""LLaMA (arXiv 2302.13971), from scratch, with Hugging Face's module names.
+
+RMSNorm before attention and MLP, rotary position embeddings, causal attention with optional grouped queries
+(arXiv 2305.13245), SwiGLU, an untied head. Logits and gradients are those of transformers' LlamaForCausalLM.
+
+What a block keeps for its backward pass, per token, with hidden width D and MLP width I (grouped queries aside):
+
+    norms        2 D    their inputs; the inverse roots are one number each
+    q, k, v      D      the first norm's output, once for the three        (gone where all three are compressed)
+    attention    4 D    rotated q and k, v, the output (which o_proj shares)
+    gate, up     D      the second norm's output, once for the two         (gone where both are compressed)
+    SwiGLU       2 I    gate and up
+    down         I      the product                                        (gone where down is compressed)
+
+The seam for memory-saving modes is the seven projections of a block: any module with the call of `nn.Linear` can stand
+in their place, and one with a static `forward_siblings(x, layers)` is called once for all layers that read one tensor.
+"""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from velora_pretrain.config import LlamaConfig
+from velora_pretrain.nn.loss import linear_cross_entropy
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that a matrix product on `x` would run in: autocast's where it is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+class _RMSNorm(torch.autograd.Function):
+    """y = x r ⊙ w with r = (mean(x²) + ε)^(−1/2); keeps x and r, not the normalised x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+        inverse_root = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse_root)
+        return (x * inverse_root).mul_(weight).to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, inverse_root = ctx.saved_tensors
+        normalised = x * inverse_root
+        dy = dy.to(normalised.dtype)
+        # dw = Σ dy ⊙ x̂;  dx = r (dy ⊙ w − x̂ mean(dy ⊙ w ⊙ x̂)) with x̂ = x r
+        d_weight = (dy * normalised).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        dx = dy * weight
+        mean = torch.linalg.vecdot(dx, normalised).div_(x.shape[-1]).unsqueeze(-1)
+        dx = dx.addcmul_(normalised, mean, value=-1).mul_(inverse_root)
+        return dx.to(x.dtype), d_weight, None, None
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm (arXiv 1910.07467), in fp32 or wider inside."""
+
+    def __init__(self, features: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(features))
+        self.eps = eps
+
+    def forward(self, x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch features"]:
+        """x over its root mean square, times the weight; in the dtype of the products that read it."""
+        return _RMSNorm.apply(x, self.weight, self.eps, _compute_dtype(x))
+
+
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) ⊙ up; keeps gate and up, not silu(gate)."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        d_up = F.silu(gate).mul_(dy)
+        d_gate = torch.ops.aten.silu_backward(dy * up, gate)
+        return d_gate, d_up
+
+
+def swiglu(gate: Float[Tensor, "*batch width"], up: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
+    """silu(gate) ⊙ up (arXiv 2002.05202)."""
+    return _SwiGLU.apply(gate, up)
+
+
+def rotary_tables(
+    length: int, head_dim: int, theta: float, device: torch.device, dtype: torch.dtype
+) -> tuple[Float[Tensor, "length head"], Float[Tensor, "length head"]]:
+    """Cosines and sines of the rotary angles (arXiv 2104.09864), the two halves of a head alike."""
+    wide = torch.promote_types(dtype, torch.float32)
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device=device).to(torch.float32) / head_dim
+    angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), 1.0 / theta**exponents)
+    angles = torch.cat((angles, angles), dim=-1).to(wide)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(
+    x: Float[Tensor, "batch length heads head"],
+    cosines: Float[Tensor, "length head"],
+    sines: Float[Tensor, "length head"],
+) -> Float[Tensor, "batch length heads head"]:
+    """Rotates the pairs (x[i], x[i + head/2]) by their position's angles."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cosines[:, None] + torch.cat((-second, first), dim=-1) * sines[:, None]
+
+
+def project(x: Tensor, *layers: nn.Module) -> list[Tensor]:
+    """Outputs of layers that read one tensor; a kind of layer that can share work between them is asked to."""
+    outputs: list[Tensor] = []
+    for kind, siblings in groupby(layers, key=type):
+        members = list(siblings)
+        together = getattr(kind, "forward_siblings", None)
+        outputs.extend(together(x, members) if together else [layer(x) for layer in members])
+    return outputs
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.is_grouped = config.num_key_value_heads < config.num_attention_heads
+        key_value_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=False)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Float[Tensor, "batch length hidden"], cosines: Tensor, sines: Tensor) -> Tensor:
+        """Mixes positions, each with those before it."""
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in project(x, self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(q, cosines, sines), rotate(k, cosines, sines)
+        mixed = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=self.is_grouped
+        )
+        return self.o_proj(mixed.transpose(1, 2).flatten(-2))
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward network."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Float[Tensor, "batch length hidden"]) -> Float[Tensor, "batch length hidden"]:
+        """down(silu(gate(x)) ⊙ up(x))."""
+        gate, up = project(x, self.gate_proj, self.up_proj)
+        return self.down_proj(swiglu(gate, up))
+
+
+class Block(nn.Module):
+    """One transformer block: attention, then MLP, each after a norm and added to the residual stream."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Float[Tensor, "batch length hidden"], cosines: Tensor, sines: Tensor) -> Tensor:
+        """The next state of the residual stream."""
+        x = x + self.self_attn(self.input_layernorm(x), cosines, sines)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Trunk(nn.Module):
+    """Embedding, blocks and final norm: everything but the head."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, tokens: Int[Tensor, "batch length"]) -> Float[Tensor, "batch length hidden"]:
+        """Final hidden states."""
+        x = self.embed_tokens(tokens)
+        cosines, sines = rotary_tables(
+            tokens.shape[1], self.config.head_dim, self.config.rope_theta, x.device, _compute_dtype(x)
+        )
+        for block in self.layers:
+            x = block(x, cosines, sines)
+        return self.norm(x)
+
+
+class Llama(nn.Module):
+    """A LLaMA language model.
+
+    Args:
+        config: its dimensions.
+        seed: of the initial weights, drawn on the CPU in the order of the parameters, so that every mode and device
+            starts from the same function. None leaves them as allocated, for weights that are loaded.
+    """
+
+    def __init__(self, config: LlamaConfig, *, seed: int | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Trunk(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        if seed is not None:
+            self._initialise(torch.Generator().manual_seed(seed))
+
+    @torch.no_grad()
+    def _initialise(self, generator: torch.Generator) -> None:
+        """Matrices from N(0, initializer_range²), norms one."""
+        for parameter in self.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(0.0, self.config.initializer_range, generator=generator)
+
+    def forward(self, tokens: Int[Tensor, "batch length"], labels: Int[Tensor, "batch length"]) -> Float[Tensor, ""]:
+        """Cross-entropy summed over the targets, in nats.
+
+        Args:
+            tokens: token ids.
+            labels: the token that follows each position, or `loss.IGNORE_INDEX`.
+        """
+        hidden = self.model(tokens).flatten(0, 1)
+        return linear_cross_entropy(hidden, self.lm_head.weight, labels.flatten())
+
+    def logits(self, tokens: Int[Tensor, "batch length"]) -> Float[Tensor, "batch length vocabulary"]:
+        """Logits of every position, whole: for inspection and generation, not for training."""
+        return cast(Tensor, self.lm_head(self.model(tokens)))

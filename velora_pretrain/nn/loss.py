@@ -1,0 +1,92 @@
+"""Cross-entropy of a linear head, without ever holding the logits of all tokens.
+
+    logits = h Wᵀ     (n, D)(D, V)    per chunk of n rows
+    dh = p W          (n, V)(V, D)    p: softmax(logits) − onehot(labels)
+    dW += pᵀ h        (V, n)(n, D)
+
+A chunk's gradients are made in the forward pass, while its logits are there, so nothing is computed twice: the same
+three GEMMs as the naive loss. Kept for the backward pass: dh, and dW, which becomes the head's gradient. PyTorch 2.13's
+`F.linear_cross_entropy` does the same; it is missing in 2.11, its default chunks are small, and it rounds a bf16 loss.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+IGNORE_INDEX = -100
+"""Label of a position that is no target."""
+
+CHUNK_LOGITS = 2**24
+"""Logits held at a time: 64 MiB in fp32, enough rows for the GEMMs to run at full rate."""
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_rows: int, with_gradients: bool
+    ) -> Tensor:
+        # needs_input_grad says what requires gradients, even where they are switched off.
+        needs_hidden, needs_weight = (with_gradients and needed for needed in ctx.needs_input_grad[:2])
+        head = weight.to(hidden.dtype)
+        d_hidden = torch.empty_like(hidden) if needs_hidden else None
+        # Summed over chunks in fp32, or in double where the weights are.
+        accumulator = torch.promote_types(weight.dtype, torch.float32)
+        d_weight = torch.zeros_like(weight, dtype=accumulator) if needs_weight else None
+        nats = torch.zeros((), dtype=accumulator, device=hidden.device)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for start in range(0, hidden.shape[0], chunk_rows):
+                rows = slice(start, start + chunk_rows)
+                h, targets = hidden[rows], labels[rows]
+                is_target = (targets != IGNORE_INDEX)[:, None]
+                index = targets.clamp(min=0)[:, None]
+                log_p = torch.log_softmax(h @ head.t(), dim=-1, dtype=accumulator)
+                nats -= (log_p.gather(1, index) * is_target).sum()
+                if d_hidden is None and d_weight is None:
+                    continue
+                p = log_p.exp_()
+                p.scatter_add_(1, index, torch.full_like(index, -1, dtype=p.dtype))
+                p = p.mul_(is_target).to(h.dtype)
+                if d_hidden is not None:
+                    torch.mm(p, head, out=d_hidden[rows])
+                if d_weight is not None and p.dtype == accumulator:
+                    d_weight.addmm_(p.t(), h)
+                elif d_weight is not None:
+                    d_weight += p.t() @ h
+        ctx.save_for_backward(d_hidden, None if d_weight is None else d_weight.to(weight.dtype))
+        return nats
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_nats: Tensor) -> tuple[Tensor | None, ...]:
+        # In place: a second backward pass over one graph is refused by autograd's version check, not answered wrongly.
+        d_hidden, d_weight = (None if t is None else t.mul_(d_nats) for t in ctx.saved_tensors)
+        return d_hidden, d_weight, None, None, None
+
+
+def linear_cross_entropy(
+    hidden: Float[Tensor, "tokens features"],
+    weight: Float[Tensor, "vocabulary features"],
+    labels: Int[Tensor, " tokens"],
+    *,
+    chunk_rows: int | None = None,
+) -> Float[Tensor, ""]:
+    """Sum over the targets of −log softmax(hidden weightᵀ)[label], in nats.
+
+    Args:
+        hidden: final hidden states.
+        weight: the head.
+        labels: the next token of each row, or `IGNORE_INDEX`.
+        chunk_rows: rows whose logits are held at a time; by default as many as `CHUNK_LOGITS` allows.
+
+    Returns:
+        The sum in fp32 or wider, whatever the precision of the arguments.
+    """
+    if torch.is_autocast_enabled(hidden.device.type):
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    rows = chunk_rows or max(1, CHUNK_LOGITS // weight.shape[0])
+    return _LinearCrossEntropy.apply(hidden, weight, labels, rows, torch.is_grad_enabled())

@@ -1,0 +1,354 @@
+"""VeLoRA: linear layers that keep one number per sub-token for the backward pass (arXiv 2405.17991, section 3).
+
+For y = x Wᵀ with x: (N, D), W: (M, D), each token is split into G = `num_groups` sub-tokens of width s = D / G, and
+v: (s,) is a unit vector. The paper keeps z[n, g] = ⟨x[n, g·s:(g+1)·s], v⟩ in place of x and rebuilds
+x̂[n, g·s+j] = z[n, g] v[j] for the weight gradient. Here x̂ is never rebuilt, because the gradient factors:
+
+    forward    y = x Wᵀ         (N, D)(D, M)       exact
+               z = x · v        (N·G, s)(s)        all that is kept of x: s times less
+    backward   dx = dy W        (N, M)(M, D)       exact
+               C = dyᵀ z        (M, N)(N, G)       s times fewer operations than dyᵀ x̂;  dyᵀ x̂ = C ⊗ v
+
+C is dL/dP of W(P) = W₀ + P ⊗ v, so autograd is given P (`coefficients`) as the parameter: its gradient, and with it
+accumulation, norm clipping (‖C‖ = ‖C ⊗ v‖), all-reduce and Adam's moments, is (M, G), s times smaller than W. P itself
+is zero always and takes no memory (one number, expanded); the optimizer moves `weight`.
+
+When it does not pay: a layer whose input another layer keeps anyway (v_proj beside uncompressed q_proj and k_proj)
+saves no activation, only the cheaper gradient; and inputs far from v give a gradient far from the exact one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from velora_pretrain.errors import UserError
+
+Initialisation = Literal["batch_average_once", "running_average", "svd", "random"]
+
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Projections of one block that read the same tensor."""
+
+RUNNING_AVERAGE_DECAY = 0.9
+"""Share of the old direction that one step of `running_average` keeps."""
+
+
+def compress(x: Float[Tensor, "*batch features"], direction: Float[Tensor, " width"]) -> Float[Tensor, "*batch groups"]:
+    """z: the inner product of each sub-token of `x` with the unit vector `direction` (v)."""
+    return x.unflatten(-1, (-1, direction.numel())) @ direction.to(x.dtype)
+
+
+def expand(
+    coefficients: Float[Tensor, "*batch groups"], direction: Float[Tensor, " width"]
+) -> Float[Tensor, "*batch features"]:
+    """Coefficients ⊗ v: what (M, G) or (N, G) coefficients stand for in full width."""
+    return (coefficients[..., None] * direction.to(coefficients.dtype)).flatten(-2)
+
+
+def default_num_groups(features: int) -> int:
+    """Number of sub-tokens that brings their width, a divisor of `features`, nearest to 16 in ratio."""
+    divisors = [width for width in range(1, features + 1) if features % width == 0]
+    return features // min(divisors, key=lambda width: (max(width / 16, 16 / width), width))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+class _CompressedLinears(torch.autograd.Function):
+    """y_i = x W_iᵀ + b_i for layers that read one x; keeps z (N, G) once for all of them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, direction: Tensor, scale: float, num_layers: int, *tensors: Any
+    ) -> tuple[Tensor, ...]:
+        weights, biases = tensors[:num_layers], tensors[num_layers : 2 * num_layers]
+        ctx.scale, ctx.num_layers, ctx.gradient_dtypes = scale, num_layers, [t.dtype for t in tensors[2 * num_layers :]]
+        ctx.save_for_backward(compress(x, direction), *weights)
+        with torch.autocast(x.device.type, enabled=False):
+            return tuple(
+                F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+                for weight, bias in zip(weights, biases, strict=True)
+            )
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
+        z, *weights = ctx.saved_tensors
+        leading_shape = dys[0].shape[:-1]
+        dys = tuple(dy.flatten(0, -2) for dy in dys)
+        needs = ctx.needs_input_grad
+        needs_bias, needs_coefficients = needs[4 + ctx.num_layers :][: ctx.num_layers], needs[4 + 2 * ctx.num_layers :]
+
+        dx = None
+        if needs[0]:
+            # dx: Σ over layers of (N, M)(M, D)
+            dx = dys[0] @ weights[0].to(dys[0].dtype)
+            for dy, weight in zip(dys[1:], weights[1:], strict=True):
+                dx.addmm_(dy, weight.to(dy.dtype))
+            dx = dx.unflatten(0, leading_shape)
+
+        z = z.flatten(0, -2)
+        if ctx.scale != 1.0:
+            z = z * ctx.scale
+        # C: (M, N)(N, G), one for each layer
+        coefficients = [
+            (dy.t() @ z).to(dtype) if needed else None
+            for dy, dtype, needed in zip(dys, ctx.gradient_dtypes, needs_coefficients, strict=True)
+        ]
+        biases = [dy.sum(0) if needed else None for dy, needed in zip(dys, needs_bias, strict=True)]
+        return dx, None, None, None, *[None] * ctx.num_layers, *biases, *coefficients
+
+
+class Direction(nn.Module):
+    """v: (s,), the unit vector of one compressed input, shared by the layers that read this input.
+
+    Args:
+        features: D, the width of the input.
+        num_groups: G, the number of sub-tokens; divides D.
+        init: how v comes from the data. `batch_average_once`: the normalised mean sub-token; `running_average`: the
+            same, moved by every step; `svd`: the top right-singular vector of the sub-tokens; `random`: without data.
+        generator: draws the `random` direction.
+        device: of v.
+        dtype: of v; fp32 or wider, whatever the weights are.
+
+    Raises:
+        ValueError: `num_groups` does not divide `features`.
+    """
+
+    vector: Float[Tensor, " width"]
+    ready: Tensor
+    statistics: Tensor
+
+    def __init__(
+        self,
+        features: int,
+        num_groups: int,
+        *,
+        init: Initialisation = "batch_average_once",
+        generator: torch.Generator | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        if features % num_groups:
+            raise ValueError(f"num_groups {num_groups} does not divide the width {features}")
+        width = features // num_groups
+        self.num_groups, self.init = num_groups, init
+        self.observing = False
+        vector = torch.zeros(width, dtype=dtype)
+        if init == "random":
+            vector = F.normalize(torch.randn(width, generator=generator, dtype=dtype), dim=0)
+        self.register_buffer("vector", vector.to(device))
+        self.register_buffer("ready", torch.tensor(init == "random", device=device))
+        shape = (width, width) if init == "svd" else (width,)
+        self.register_buffer("statistics", torch.zeros(shape, dtype=dtype, device=device), persistent=False)
+        self.is_ready = init == "random"
+
+    def watch(self, x: Float[Tensor, "*batch features"]) -> None:
+        """Called with each input before it is compressed: gathers what v is made from, while that is wanted.
+
+        A direction that nobody has set is taken from the first input it sees, as in the paper's released code.
+        """
+        if self.observing or (self.init == "running_average" and torch.is_grad_enabled()):
+            self._observe(x)
+        if not self.is_ready and not self.observing:
+            if self.init != "running_average" or not torch.is_grad_enabled():
+                self._observe(x)
+            self.take()
+
+    def _observe(self, x: Tensor) -> None:
+        """Adds the sub-tokens' sum (s,), or their second moment (s, s), to the statistics."""
+        with torch.no_grad():
+            sub_tokens = x.detach().reshape(-1, self.vector.numel()).to(self.statistics.dtype)
+            self.statistics += sub_tokens.t() @ sub_tokens if self.init == "svd" else sub_tokens.sum(0)
+
+    @torch.no_grad()
+    def take(self) -> None:
+        """Sets v from the statistics gathered on all ranks, and clears them."""
+        if self.init == "random":
+            return
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(self.statistics)
+        if self.init == "svd":
+            # The top eigenvector of the second moment is the top right-singular vector; eigh sorts upwards.
+            new = torch.linalg.eigh(self.statistics.double().cpu())[1][:, -1].to(self.vector)
+            # An eigenvector's sign is free: fixed by the largest entry, so that every machine takes the same one.
+            new *= new[new.abs().argmax()].sign()
+        else:
+            new = F.normalize(self.statistics, dim=0)
+        if self.init == "running_average" and self.is_ready:
+            new = F.normalize(RUNNING_AVERAGE_DECAY * self.vector + (1 - RUNNING_AVERAGE_DECAY) * new, dim=0)
+        self.vector.copy_(new)
+        self.statistics.zero_()
+        self.ready.fill_(True)
+        self.is_ready = True
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.is_ready = bool(self.ready)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Direction:
+        """Moves between devices; v stays in fp32 whatever the weights become."""
+        vector, statistics = self.vector, self.statistics
+        super()._apply(fn, recurse)
+        device = self.vector.device
+        if vector.device.type != "meta":
+            self.vector, self.statistics = vector.to(device), statistics.to(device)
+        return self
+
+
+class VeLoRALinear(nn.Module):
+    """A linear layer whose input is kept compressed and whose weight gradient is C: (M, G).
+
+    `weight` is moved by the optimizer, not by autograd; `coefficients` (P) receives the gradient.
+
+    Args:
+        linear: the layer whose weight and bias are taken over, not copied.
+        direction: v of its input.
+        scale: factor on the weight gradient.
+    """
+
+    coefficients: nn.Parameter
+
+    def __init__(self, linear: nn.Linear, direction: Direction, *, scale: float = 1.0) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.scale = scale
+        self.weight = nn.Parameter(linear.weight.detach(), requires_grad=False)
+        self.bias = linear.bias
+        self.direction = direction
+        self.coefficients = nn.Parameter(self._zero_coefficients())
+
+    def _zero_coefficients(self) -> Tensor:
+        # Its dtype is that of the gradient it receives: fp32 at least.
+        zero = torch.zeros((), dtype=_wide(self.weight.dtype), device=self.weight.device)
+        return zero.expand(self.out_features, self.direction.num_groups)
+
+    def forward(self, x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch outputs"]:
+        """y = x Wᵀ + b; gradients as in the module's docstring."""
+        return self.forward_siblings(x, [self])[0]
+
+    @staticmethod
+    def forward_siblings(x: Tensor, layers: Sequence[VeLoRALinear]) -> tuple[Tensor, ...]:
+        """Outputs of layers that read one `x`; those with one direction compress it once and keep it once."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        outputs: dict[VeLoRALinear, Tensor] = {}
+        for direction in dict.fromkeys(layer.direction for layer in layers):
+            group = [layer for layer in layers if layer.direction is direction]
+            direction.watch(x)
+            tensors = (
+                *(layer.weight for layer in group),
+                *(layer.bias for layer in group),
+                *(layer.coefficients for layer in group),
+            )
+            scale = group[0].scale
+            outputs |= zip(
+                group, _CompressedLinears.apply(x, direction.vector, scale, len(group), *tensors), strict=True
+            )
+        return tuple(outputs[layer] for layer in layers)
+
+    def extra_repr(self) -> str:
+        """Shape and sub-tokens, for printing."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, num_groups={self.direction.num_groups}"
+        )
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # Always zero: a checkpoint of the layer is the weight, as if it were uncompressed, and v.
+        destination.pop(f"{prefix}coefficients", None)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict({f"{prefix}coefficients": self.coefficients, **state_dict}, prefix, *args)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VeLoRALinear:
+        super()._apply(fn, recurse)
+        # A move would write the expanded zero out in full, and a cast would round the gradient it receives.
+        self.coefficients.data = self._zero_coefficients()
+        return self
+
+
+def compress_linears(
+    model: nn.Module,
+    *,
+    layers: Sequence[str] = ("v_proj", "down_proj"),
+    num_groups: Mapping[str, int] | None = None,
+    init: Initialisation = "batch_average_once",
+    scale: float = 1.0,
+    seed: int = 0,
+) -> list[VeLoRALinear]:
+    """Replaces, in place, every `nn.Linear` of `model` whose own name is in `layers`.
+
+    Works on any module tree; Hugging Face's LlamaForCausalLM has the names q_proj, k_proj, v_proj, o_proj, gate_proj,
+    up_proj and down_proj. Layers of one parent that read one tensor (`SIBLINGS`) share their direction.
+
+    Args:
+        model: the model; do this before it is moved, cast or wrapped, and before an optimizer is built.
+        layers: last parts of the names of the linear layers.
+        num_groups: sub-tokens per token by layer name; `default_num_groups` for names that are missing.
+        init: see `Direction`.
+        scale: factor on the weight gradients.
+        seed: of `random` directions.
+
+    Returns:
+        The new layers in the order of the model's modules.
+
+    Raises:
+        UserError: a name matches no layer, or a number of groups does not divide a width.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    directions: dict[tuple[str, str, int], Direction] = {}
+    new_layers: list[VeLoRALinear] = []
+    matched: set[str] = set()
+    for parent_name, parent in list(model.named_modules()):
+        for name, linear in list(parent.named_children()):
+            if name not in layers or not isinstance(linear, nn.Linear):
+                continue
+            features = linear.in_features
+            groups = (num_groups or {}).get(name) or default_num_groups(features)
+            if features % groups:
+                raise UserError(
+                    f"modes.velora.num_groups.{name}: {groups} sub-tokens do not divide the width {features} of"
+                    f" {parent_name}.{name}; for example {default_num_groups(features)} do"
+                )
+            family = next((siblings[0] for siblings in SIBLINGS if name in siblings), name)
+            key = (parent_name, family, groups)
+            if key not in directions:
+                directions[key] = Direction(
+                    features,
+                    groups,
+                    init=init,
+                    generator=generator,
+                    device=linear.weight.device,
+                    dtype=_wide(linear.weight.dtype),
+                )
+            layer = VeLoRALinear(linear, directions[key], scale=scale)
+            setattr(parent, name, layer)
+            new_layers.append(layer)
+            matched.add(name)
+    missing = [name for name in layers if name not in matched]
+    if missing:
+        raise UserError(f"modes.velora.layers: no linear layer of the model is named {missing[0]}")
+    return new_layers
+
+
+def directions_of(model: nn.Module) -> list[Direction]:
+    """Every direction of `model`, once."""
+    return [module for module in model.modules() if isinstance(module, Direction)]
+
+
+def compressed_weights(model: nn.Module) -> dict[nn.Parameter, tuple[nn.Parameter, Tensor]]:
+    """For each parameter P of compressed gradients: the weight that it moves, and v. What `AdamW` asks for."""
+    return {
+        layer.coefficients: (layer.weight, layer.direction.vector)
+        for layer in model.modules()
+        if isinstance(layer, VeLoRALinear)
+    }

@@ -1,0 +1,34 @@
+"""Learning-rate schedules: pure functions from a step to a multiplier of the peak."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+
+def lr_multiplier(
+    step: int,
+    *,
+    steps: int,
+    warmup_steps: int,
+    kind: Literal["cosine", "linear", "constant"],
+    min_lr_ratio: float,
+) -> float:
+    """Learning rate of a step, as a share of the peak.
+
+    Linear warm-up reaches the peak at step `warmup_steps`; the decay reaches `min_lr_ratio` at the last step.
+
+    Args:
+        step: the optimizer step that is about to be taken, counted from 1.
+        steps: optimizer steps of the run.
+        warmup_steps: steps of linear warm-up.
+        kind: course after the warm-up.
+        min_lr_ratio: share of the peak that cosine and linear end at.
+    """
+    if step < warmup_steps:
+        return step / warmup_steps
+    if kind == "constant":
+        return 1.0
+    progress = min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps))
+    remaining = 0.5 * (1.0 + math.cos(math.pi * progress)) if kind == "cosine" else 1.0 - progress
+    return min_lr_ratio + (1.0 - min_lr_ratio) * remaining

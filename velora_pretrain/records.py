@@ -1,0 +1,173 @@
+"""The run folder: its layout, its records and their units. The contract between train, eval, compare and report.
+
+    runs/<name>/
+      config.toml                     the resolved run
+      metrics.jsonl                   one flat record a line, units in the names
+      checkpoints/step-00000100/      see `checkpoint.py`
+      summary.json                    final figures
+
+No torch here: reports and error messages answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from velora_pretrain.config import Run, build_run, read_recipe
+from velora_pretrain.errors import UserError
+
+GIB = 2**30
+"""Bytes in one GiB."""
+
+_CHECKPOINT_NAME = re.compile(r"step-(\d{8,})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRecord:
+    """One optimizer step."""
+
+    step: int
+    """Optimizer steps done, this one included."""
+    tokens: int
+    """Tokens read since the start of the run, padding left out."""
+    loss_nats_per_token: float
+    """Mean cross-entropy over the targets of the global batch."""
+    learning_rate: float
+    """Learning rate of the step."""
+    grad_norm: float
+    """Global gradient norm before clipping."""
+    tokens_per_second: float
+    """Tokens read over wall time, over all devices, for this step."""
+    peak_memory_bytes: int
+    """Largest memory use so far: allocated on the device, or resident on a CPU."""
+    data_wait_seconds: float
+    """Time for which this step waited for its batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationRecord:
+    """One evaluation."""
+
+    step: int
+    """Optimizer steps done."""
+    eval_loss_nats_per_token: float
+    """Sum of nats over the number of targets."""
+    perplexity: float
+    """exp of the loss."""
+    perplexity_paper: float
+    """Perplexity as the published repositories compute it: see `evaluation.py`."""
+    bits_per_byte: float
+    """Sum of bits over the number of UTF-8 bytes that the targets stand for."""
+    eval_tokens: int
+    """Targets scored."""
+
+
+def safe_exp(nats: float) -> float:
+    """exp, infinite where it overflows: the perplexity of a diverged run."""
+    return math.exp(nats) if nats < 700 else math.inf
+
+
+class RunFolder:
+    """Paths and records of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.toml"
+        self.metrics = path / "metrics.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.summary = path / "summary.json"
+
+    def holds_run(self) -> bool:
+        """Whether a run was started here."""
+        return self.config.exists()
+
+    def checkpoint(self, step: int) -> Path:
+        """Folder of the checkpoint after `step` optimizer steps."""
+        return self.checkpoints / f"step-{step:08d}"
+
+    def checkpoints_newest_first(self) -> list[Path]:
+        """Every checkpoint folder, whole or not, from the newest step to the oldest."""
+        if not self.checkpoints.is_dir():
+            return []
+        found = [path for path in self.checkpoints.iterdir() if _CHECKPOINT_NAME.fullmatch(path.name) and path.is_dir()]
+        return sorted(found, key=step_of, reverse=True)
+
+    def read_run(self) -> Run:
+        """The run's configuration.
+
+        Raises:
+            UserError: config.toml is missing or does not hold a run.
+        """
+        if not self.config.exists():
+            raise UserError(f"{self.path}: holds no run (no config.toml)")
+        return build_run(read_recipe(self.config), where=str(self.config))
+
+    def write_run(self, run: Run) -> None:
+        """Writes config.toml, whole or not at all; `train --recipe` accepts it back."""
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.config, tomli_w.dumps(run.model_dump(mode="json", exclude_none=True)).encode())
+
+    def append(self, record: TrainingRecord | EvaluationRecord) -> None:
+        """Appends one line to metrics.jsonl."""
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(record)) + "\n")
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """Every whole record of metrics.jsonl; a last line that a crash cut short is left out."""
+        if not self.metrics.exists():
+            return
+        with self.metrics.open(encoding="utf-8") as file:
+            for line in file:
+                if line.endswith("\n"):
+                    yield json.loads(line)
+
+    def forget_after(self, step: int) -> None:
+        """Drops the records of steps after `step`, which a resumed run does again."""
+        kept = [json.dumps(record) for record in self.records() if record["step"] <= step]
+        write_atomically(self.metrics, "".join(f"{line}\n" for line in kept).encode())
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Writes summary.json, whole or not at all."""
+        write_atomically(self.summary, (json.dumps(summary, indent=2) + "\n").encode())
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint folder's name."""
+    match = _CHECKPOINT_NAME.fullmatch(checkpoint.name)
+    assert match is not None
+    return int(match[1])
+
+
+def newest_run(runs: Path) -> RunFolder:
+    """The run folder under `runs` whose metrics or configuration changed last.
+
+    Raises:
+        UserError: there is none.
+    """
+    folders = [RunFolder(path.parent) for path in runs.glob("*/config.toml")]
+    if not folders:
+        raise UserError(f"{runs}: holds no run; give --run-dir, or train first")
+
+    def changed(folder: RunFolder) -> float:
+        return max(path.stat().st_mtime for path in (folder.config, folder.metrics) if path.exists())
+
+    return max(folders, key=changed)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes `content` to `path`, on disk whole or not at all: temporary file, fsync, rename."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
