@@ -10,9 +10,8 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import tomllib
-from pathlib import Path
-from typing import Any, Literal, get_args
+from collections.abc import Iterable
+from typing import Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -22,17 +21,20 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    ValidationError,
     model_validator,
 )
-
-from velora_pretrain.errors import UserError
 
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
 ModeName = Literal["full", "velora"]
 MODES: tuple[ModeName, ...] = get_args(ModeName)
 Precision = Literal["fp32", "bf16-mixed", "bf16"]
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A hint with the known name that `word` most likely meant, or nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"did you mean {close[0]!r}? " if close else ""
 
 
 class Section(BaseModel):
@@ -201,8 +203,8 @@ class OptimizerTable(Section):
 class MemoryTable(Section):
     """`[memory]`: what is kept for the backward pass."""
 
-    recompute: Literal["none", "elementwise"] = "none"
-    """none, or elementwise: norm outputs and the SwiGLU product are rebuilt exactly in the backward pass."""
+    recompute: Literal["none"] = "none"
+    """none: everything that the backward pass reads is kept."""
 
 
 class EvaluationTable(Section):
@@ -335,7 +337,7 @@ class Run(Section):
     def _agrees(self) -> Run:
         if self.size is not None and self.size not in SIZES:
             raise ValueError(
-                f"size: {self.size!r} is not a size; {_nearest(self.size, SIZES)}choose from {', '.join(SIZES)}"
+                f"size: {self.size!r} is not a size; {nearest(self.size, SIZES)}choose from {', '.join(SIZES)}"
             )
         dimensions = self.llama
         if self.batch.sequence_length > dimensions.max_position_embeddings:
@@ -396,102 +398,3 @@ class Run(Section):
     def sha256(self) -> str:
         """Hash of the whole configuration."""
         return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
-
-
-def build_run(values: dict[str, Any], *, where: str) -> Run:
-    """Validates the nested `values` of a recipe.
-
-    Args:
-        values: tables and keys, as TOML gives them.
-        where: what to name in errors: a recipe's path, or "command line".
-
-    Raises:
-        UserError: an unknown key, a wrong type or an impossible combination; names the dotted key.
-    """
-    try:
-        return Run.model_validate(values)
-    except ValidationError as error:
-        raise UserError(f"{where}: {_first_problem(error)}") from None
-
-
-def read_recipe(path: Path) -> dict[str, Any]:
-    """Reads a TOML recipe.
-
-    Raises:
-        UserError: no such file, or not TOML; names file and line.
-    """
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such recipe") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a TOML recipe: {error}") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def apply_override(values: dict[str, Any], assignment: str) -> None:
-    """Sets one `dotted.key=value` of `--set` in nested `values`; the value is TOML, or else a bare string.
-
-    Raises:
-        UserError: no `=`, or a key below something that is no table.
-    """
-    key, equals, text = assignment.partition("=")
-    key, text = key.strip(), text.strip()
-    if not equals or not key:
-        raise UserError(f"--set {assignment}: write it as dotted.key=value")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
-    set_dotted(values, key, value)
-
-
-def set_dotted(values: dict[str, Any], key: str, value: object) -> None:
-    """Sets `key`, a dotted path, in nested `values`.
-
-    Raises:
-        UserError: the path leads below something that is no table.
-    """
-    *tables, last = key.split(".")
-    table = values
-    for name in tables:
-        table = table.setdefault(name, {})
-        if not isinstance(table, dict):
-            raise UserError(f"{key}: {name} is a value, not a table")
-    table[last] = value
-
-
-def differences(left: Run, right: Run) -> dict[str, tuple[Any, Any]]:
-    """Dotted keys in which two runs differ, with both values."""
-    ours, theirs = _flatten(left.model_dump(mode="json")), _flatten(right.model_dump(mode="json"))
-    keys = sorted(ours.keys() | theirs.keys())
-    return {key: (ours.get(key), theirs.get(key)) for key in keys if ours.get(key) != theirs.get(key)}
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
-def _nearest(word: str, known: Any) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"did you mean {close[0]!r}? " if close else ""
-
-
-def _first_problem(error: ValidationError) -> str:
-    """One line for the first problem, with its dotted key."""
-    problem = error.errors(include_url=False)[0]
-    path = [str(part) for part in problem["loc"]]
-    if problem["type"] == "extra_forbidden":
-        table: Any = Run
-        for part in path[:-1]:
-            table = table.model_fields[part].annotation
-        return f"{'.'.join(path)}: no such key; {_nearest(path[-1], table.model_fields)}see the recipes for the keys"
-    if problem["type"] == "value_error":
-        return problem["msg"].removeprefix("Value error, ")
-    # A union's members and a literal's alternatives add parts to the path that no recipe contains.
-    keys = [part for part in path if part.isidentifier()]
-    return f"{'.'.join(keys)}: {problem['msg'][0].lower()}{problem['msg'][1:]} (got {problem['input']!r})"

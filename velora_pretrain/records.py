@@ -22,8 +22,9 @@ from typing import Any
 
 import tomli_w
 
-from velora_pretrain.config import Run, build_run, read_recipe
+from velora_pretrain.config import Run
 from velora_pretrain.errors import UserError
+from velora_pretrain.recipe import build_run, read_recipe
 
 GIB = 2**30
 """Bytes in one GiB."""
@@ -120,6 +121,11 @@ class RunFolder:
         """Appends one line to metrics.jsonl."""
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(record)) + "\n")
+
+    def sync_metrics(self) -> None:
+        """Brings metrics.jsonl to disk."""
+        with self.metrics.open("a", encoding="utf-8") as file:
+            os.fsync(file.fileno())
 
     def records(self) -> Iterator[dict[str, Any]]:
         """Every whole record of metrics.jsonl; a last line that a crash cut short is left out."""

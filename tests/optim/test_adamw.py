@@ -119,8 +119,8 @@ def test_moments_are_as_small_as_the_gradient(update: UpdateRule) -> None:
     layer = make_layer()
     optimizer = optimizer_of(layer, update)
     our_step(layer, optimizer, micro_batches(1)[0], clip=1.0)
-    shapes = {tuple(t.shape) for t in optimizer.state[layer.coefficients].values()}
-    assert shapes == {(), (M, G)}
+    state = optimizer.state[layer.coefficients]
+    assert {tuple(value.shape) for value in state.values() if isinstance(value, torch.Tensor)} == {(M, G)}
 
 
 def test_updating_in_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -154,12 +154,12 @@ class Direction(nn.Module):
     def watch(self, x: Float[Tensor, "*batch features"]) -> None:
         """Called with each input before it is compressed: gathers what v is made from, while that is wanted.
 
-        A direction that nobody has set is taken from the first input it sees, as in the paper's released code.
+        A direction that nobody has set is taken from the first input that it trains on, as in the released code.
         """
         if self.observing or (self.init == "running_average" and torch.is_grad_enabled()):
             self._observe(x)
-        if not self.is_ready and not self.observing:
-            if self.init != "running_average" or not torch.is_grad_enabled():
+        if not (self.is_ready or self.observing) and torch.is_grad_enabled():
+            if self.init != "running_average":
                 self._observe(x)
             self.take()
 
@@ -244,6 +244,9 @@ class VeLoRALinear(nn.Module):
         for direction in dict.fromkeys(layer.direction for layer in layers):
             group = [layer for layer in layers if layer.direction is direction]
             direction.watch(x)
+            if not torch.is_grad_enabled():
+                outputs |= {layer: F.linear(x, layer.weight.to(x.dtype), layer.bias) for layer in group}
+                continue
             tensors = (
                 *(layer.weight for layer in group),
                 *(layer.bias for layer in group),

@@ -130,18 +130,18 @@ class AdamW(Optimizer):
         for index, state in state_dict["state"].items():
             here = self.state[parameters[index]]
             for key, value in state.items():
-                here[key] = value.to(here[key].device, copy=True)
+                here[key] = value.to(here[key].device, copy=True) if isinstance(value, Tensor) else value
 
-    def _moments(self, parameter: Tensor) -> dict[str, Tensor]:
+    def _moments(self, parameter: Tensor) -> dict[str, Any]:
         """Step count and moments of a parameter, in the shape of its gradient."""
         state = self.state[parameter]
         if not state:
             gradient = parameter.grad
             assert gradient is not None
             dtype = torch.promote_types(gradient.dtype, torch.float32)
-            # The fused kernel counts on the device; for factored weights the count is a number of the host's.
-            device = None if parameter in self._factored else gradient.device
-            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+            # The fused kernel counts on the device, so that nobody waits for it; factored weights need no such care.
+            on_device = torch.zeros((), dtype=torch.float32, device=gradient.device)
+            state["step"] = 0 if parameter in self._factored else on_device
             state["exp_avg"] = torch.zeros_like(gradient, dtype=dtype, memory_format=torch.contiguous_format)
             state["exp_avg_sq"] = torch.zeros_like(gradient, dtype=dtype, memory_format=torch.contiguous_format)
         return state
@@ -186,7 +186,7 @@ class AdamW(Optimizer):
         beta1, beta2 = group["betas"]
         m, u = state["exp_avg"], state["exp_avg_sq"]
         state["step"] += 1
-        step = int(state["step"])
+        step = state["step"]
         m.lerp_(gradient, 1 - beta1)
         u.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         if group["weight_decay"]:

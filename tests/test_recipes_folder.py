@@ -1,0 +1,67 @@
+"""The recipes that come with the tool: each loads, and each holds to the published protocol."""
+
+from pathlib import Path
+
+import pytest
+
+from velora_pretrain.config import MODES, PUBLISHED_STEPS
+from velora_pretrain.recipe import read_recipe, resolve
+
+FOLDER = Path(__file__).parent.parent / "recipes"
+RECIPES = sorted(FOLDER.glob("*.toml"))
+STEPS = PUBLISHED_STEPS | {"7b": 150_000}
+
+
+def test_there_is_one_recipe_per_published_size_and_the_quickstart():
+    assert {path.stem for path in RECIPES} == {"quickstart", *(f"llama_{size}" for size in STEPS)}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("mode", MODES)
+def test_every_recipe_loads_in_every_mode(path: Path, mode: str):
+    assert resolve(path.stem, {"mode": mode}, []) == resolve(str(path), {"mode": mode}, [])
+    assert set(read_recipe(path)["modes"]) == set(MODES)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_can_be_shortened_from_the_command_line(path: Path):
+    assert resolve(str(path), {"schedule.steps": 5}, []).steps == 5
+
+
+@pytest.mark.parametrize("size", STEPS)
+@pytest.mark.parametrize("mode", MODES)
+def test_published_protocol(size: str, mode: str):
+    run = resolve(f"llama_{size}", {"mode": mode}, [])
+    assert (run.size, run.data, run.tokenizer, run.packing) == (size, "c4", "t5-base", "pad")
+    assert (run.batch.sequences, run.batch.sequence_length) == (512, 256)
+    assert (run.steps, run.warmup_steps) == (STEPS[size], STEPS[size] // 10)
+    assert (run.schedule.kind, run.schedule.min_lr_ratio) == ("cosine", 0.1)
+    assert (run.optimizer.betas, run.optimizer.eps, run.optimizer.weight_decay) == ((0.9, 0.999), 1e-8, 0.0)
+    assert run.optimizer.clip_norm == (1.0 if size == "7b" else 0.0)
+    assert (run.precision, run.evaluation.tokens) == ("bf16", 10_000_000)
+    assert run.modes.velora.layers == ("v_proj", "down_proj")
+    assert (run.modes.velora.init, run.modes.velora.update) == ("batch_average_once", "dense")
+
+
+@pytest.mark.parametrize(("size", "groups", "lr"), [("60m", (64, 86), 0.01), ("130m", (64, 64), 0.003)])
+def test_published_settings_of_the_mode(size: str, groups: tuple[int, int], lr: float):
+    run = resolve(f"llama_{size}", {"mode": "velora"}, [])
+    assert run.modes.velora.num_groups == {"v_proj": groups[0], "down_proj": groups[1]}
+    assert run.lr == lr
+
+
+@pytest.mark.parametrize(
+    ("size", "figures"),
+    [
+        ("60m", "33.52 34.88 34.99 34.35 33.76 30.05"),
+        ("130m", "25.08 25.36 33.92 25.88 25.29 23.13"),
+    ],
+)
+def test_expected_perplexities_are_in_the_comments(size: str, figures: str):
+    comments = [line for line in (FOLDER / f"llama_{size}.toml").read_text().splitlines() if line.startswith("#")]
+    assert not [figure for figure in figures.split() if figure not in " ".join(comments)]
+
+
+def test_quickstart_needs_no_network_and_no_accelerator():
+    run = resolve("quickstart", {}, [])
+    assert (run.data, run.tokenizer, run.size, run.precision) == ("sample", "bundled", "9m", "fp32")

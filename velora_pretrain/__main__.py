@@ -1,0 +1,5 @@
+"""`python -m velora_pretrain`."""
+
+from velora_pretrain.cli import main
+
+main()

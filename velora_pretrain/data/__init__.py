@@ -1,0 +1,1 @@
+"""Documents to batches: each stage an iterator that can hand out its state."""

@@ -1,0 +1,64 @@
+"""Devices and number formats of a run."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+
+from velora_pretrain.config import Precision
+from velora_pretrain.errors import UserError
+
+WEIGHT_DTYPES: dict[Precision, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16-mixed": torch.float32,
+    "bf16": torch.bfloat16,
+}
+"""Format of the weights, and of their gradients."""
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that `name` means: auto takes CUDA, else Apple's GPU, else the CPU.
+
+    Raises:
+        UserError: it is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device: {name!r} is no device; choose auto, cpu, cuda or mps") from None
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(device.type, False):
+        raise UserError(f"device: {name} is not available here; choose auto or cpu")
+    return device
+
+
+def autocast(precision: Precision, device_type: str) -> AbstractContextManager[object]:
+    """Around a forward pass: matrix products in bf16 where the weights are wider."""
+    if precision == "bf16-mixed":
+        return torch.autocast(device_type, dtype=torch.bfloat16)
+    return nullcontext()
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Makes new tensors in `dtype`: for models without memory, which cannot be cast."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory in use so far: allocated tensors on CUDA, else what the process has had resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # Kilobytes on Linux, bytes on macOS.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

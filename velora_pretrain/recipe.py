@@ -1,0 +1,150 @@
+"""From a recipe file and command-line options to a resolved run, with one clear line for each mistake."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from velora_pretrain.config import Run, nearest
+from velora_pretrain.errors import UserError
+
+
+def build_run(values: dict[str, Any], *, where: str) -> Run:
+    """Validates the nested `values` of a recipe.
+
+    Args:
+        values: tables and keys, as TOML gives them.
+        where: what to name in errors: a recipe's path, or "command line".
+
+    Raises:
+        UserError: an unknown key, a wrong type or an impossible combination; names the dotted key.
+    """
+    try:
+        return Run.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{where}: {_first_problem(error)}") from None
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Reads a TOML recipe.
+
+    Raises:
+        UserError: no such file, or not TOML; names file and line.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such recipe") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a TOML recipe: {error}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def apply_override(values: dict[str, Any], assignment: str) -> None:
+    """Sets one `dotted.key=value` of `--set` in nested `values`; the value is TOML, or else a bare string.
+
+    Raises:
+        UserError: no `=`, or a key below something that is no table.
+    """
+    key, equals, text = assignment.partition("=")
+    key, text = key.strip(), text.strip()
+    if not equals or not key:
+        raise UserError(f"--set {assignment}: write it as dotted.key=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    set_dotted(values, key, value)
+
+
+def set_dotted(values: dict[str, Any], key: str, value: object) -> None:
+    """Sets `key`, a dotted path, in nested `values`.
+
+    Raises:
+        UserError: the path leads below something that is no table.
+    """
+    *tables, last = key.split(".")
+    table = values
+    for name in tables:
+        table = table.setdefault(name, {})
+        if not isinstance(table, dict):
+            raise UserError(f"{key}: {name} is a value, not a table")
+    table[last] = value
+
+
+def differences(left: Run, right: Run) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys in which two runs differ, with both values."""
+    ours, theirs = _flatten(left.model_dump(mode="json")), _flatten(right.model_dump(mode="json"))
+    keys = sorted(ours.keys() | theirs.keys())
+    return {key: (ours.get(key), theirs.get(key)) for key in keys if ours.get(key) != theirs.get(key)}
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _first_problem(error: ValidationError) -> str:
+    """One line for the first problem, with its dotted key."""
+    problem = error.errors(include_url=False)[0]
+    path = [str(part) for part in problem["loc"]]
+    if problem["type"] == "extra_forbidden":
+        table: Any = Run
+        for part in path[:-1]:
+            table = table.model_fields[part].annotation
+        return f"{'.'.join(path)}: no such key; {nearest(path[-1], table.model_fields)}see the recipes for the keys"
+    if problem["type"] == "value_error":
+        return problem["msg"].removeprefix("Value error, ")
+    # A union's members and a literal's alternatives add parts to the path that no recipe contains.
+    keys = [part for part in path if part.isidentifier()]
+    return f"{'.'.join(keys)}: {problem['msg'][0].lower()}{problem['msg'][1:]} (got {problem['input']!r})"
+
+
+BUNDLED_RECIPES = Path(__file__).parent / "bundled_recipes"
+"""Where the wheel holds recipes/; a source checkout has them beside the package."""
+
+
+def find_recipe(name: str) -> Path:
+    """The recipe at a path, or a bundled one by its name (`llama_60m`).
+
+    Raises:
+        UserError: there is no such recipe; names the bundled ones.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    folders = (BUNDLED_RECIPES, Path(__file__).parent.parent / "recipes")
+    known = {path.stem: path for folder in folders if folder.is_dir() for path in folder.glob("*.toml")}
+    if name in known:
+        return known[name]
+    raise UserError(f"--recipe {name}: no such file; {nearest(name, known)}bundled recipes: {', '.join(sorted(known))}")
+
+
+def resolve(recipe: str | None, options: dict[str, Any], assignments: list[str]) -> Run:
+    """The run that a recipe, named options and `--set` assignments describe, the later before the earlier.
+
+    Args:
+        recipe: path or name; None starts from the defaults.
+        options: dotted key to value; None values are options that were not given. `optimizer.lr` also goes before a
+            mode's own learning rate.
+        assignments: `dotted.key=value`.
+
+    Raises:
+        UserError: as `build_run`, `find_recipe` and `apply_override`.
+    """
+    values = read_recipe(find_recipe(recipe)) if recipe else {}
+    for key, value in options.items():
+        if value is not None:
+            set_dotted(values, key, value)
+    if options.get("optimizer.lr") is not None:
+        for table in values.get("modes", {}).values():
+            if isinstance(table, dict):
+                table.pop("lr", None)
+    for assignment in assignments:
+        apply_override(values, assignment)
+    return build_run(values, where=recipe or "command line")

@@ -1,0 +1,154 @@
+"""From a configuration and a run folder to what the loop needs: checked, found and, for a resumed run, reconciled."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from velora_pretrain import checkpoint
+from velora_pretrain.config import Run
+from velora_pretrain.data.c4 import Source, resolve
+from velora_pretrain.data.sample import sample_sha256
+from velora_pretrain.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from velora_pretrain.display import Display
+from velora_pretrain.errors import UserError
+from velora_pretrain.evaluation import validation_source
+from velora_pretrain.prediction import USABLE_SHARE, choose_micro_batch, free_memory_bytes
+from velora_pretrain.recipe import differences
+from velora_pretrain.records import RunFolder
+
+MAY_CHANGE = ("device", "checkpoint.", "reading.max_bad_lines", "reading.prefetch_batches")
+"""Keys, or beginnings of keys, that a resumed run may change: they leave the numbers as they are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What a run starts from."""
+
+    run: Run
+    """With every `auto` decided, as config.toml records it."""
+    tokenizer: Tokenizer
+    source: Source
+    validation: Source
+    checkpoint: Path | None
+    """Where a resumed run goes on from."""
+    state: dict[str, Any]
+    """training_state.json of that checkpoint."""
+
+
+def prepare(run: Run, folder: RunFolder, *, resume: bool, accelerator: Accelerator, display: Display) -> Prepared:
+    """Checks the folder, finds data and tokenizer, decides every `auto`, and records the run.
+
+    Raises:
+        UserError: the folder holds another run, or data, tokenizer or batch do not fit.
+    """
+    recorded = _recorded_run(run, folder, resume=resume)
+    if recorded is not None:
+        run = _reconciled(run, recorded, folder)
+    if run.batch.sequences % accelerator.num_processes:
+        raise UserError(
+            f"batch.sequences: {run.batch.sequences} sequences cannot be shared evenly by"
+            f" {accelerator.num_processes} processes"
+        )
+    tokenizer = load_tokenizer(run.tokenizer)
+    check_vocabulary(tokenizer, run.llama.vocab_size)
+    every = run.reading.holdout_every_documents
+    source = resolve(run.data, split="train", holdout_every_documents=every, separate=run.validation_data is not None)
+    if source.fallback_reason:
+        display.warn(
+            f"{source.fallback_reason}. TRAINING ON THE BUNDLED SAMPLE, some 2 MB of Python documentation, NOT ON C4:"
+            " fit for trying things out, not for a result. Give --data c4 to insist, or --data PATH for files of your own."
+        )
+    if run.data == "auto":
+        run = run.model_copy(update={"data": source.name})
+    validation = validation_source(run)
+    run = _with_micro_batch(run, accelerator)
+    found = checkpoint.newest_whole(folder, display.warn) if resume else None
+    path, state = found if found else (None, {})
+    if resume and path is None:
+        display.note(f"{folder.path}: no whole checkpoint yet, starting from the beginning")
+    # Every process has looked at the folder before the first one changes it.
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        try:
+            folder.write_run(run)
+            folder.forget_after(state.get("step", 0))
+        except OSError as error:
+            raise UserError(f"{folder.path}: the run folder cannot be written ({error.strerror})") from None
+    return Prepared(run=run, tokenizer=tokenizer, source=source, validation=validation, checkpoint=path, state=state)
+
+
+def _recorded_run(run: Run, folder: RunFolder, *, resume: bool) -> Run | None:
+    if resume:
+        return folder.read_run()
+    if folder.holds_run():
+        raise UserError(
+            f"{folder.path}: already holds a run; go on with it by --resume, or give another folder by --run-dir"
+        )
+    if folder.path.exists() and not folder.path.is_dir():
+        raise UserError(f"{folder.path}: is a file, not a folder; give another --run-dir")
+    return None
+
+
+def _reconciled(run: Run, recorded: Run, folder: RunFolder) -> Run:
+    """`run` with what was decided when the run began in place of its `auto`s.
+
+    Raises:
+        UserError: it differs from the recorded run in a key that would change the numbers.
+    """
+    if run.data == "auto":
+        run = run.model_copy(update={"data": recorded.data})
+    if run.batch.micro_batch == "auto":
+        batch = run.batch.model_copy(update={"micro_batch": recorded.batch.micro_batch})
+        run = run.model_copy(update={"batch": batch})
+    for key, (given, was) in differences(run, recorded).items():
+        if not key.startswith(MAY_CHANGE):
+            raise UserError(
+                f"{key}: {given!r} was asked for, but the run in {folder.path} has {was!r}; leave it out to go on, or"
+                " start a new run in another --run-dir"
+            )
+    return run
+
+
+def _with_micro_batch(run: Run, accelerator: Accelerator) -> Run:
+    """The run with a number of sequences per forward pass, the same on every process."""
+    if run.batch.micro_batch != "auto":
+        return run
+    processes = accelerator.num_processes
+    on_this_machine = processes if accelerator.device.type == "cpu" else 1
+    budget = int(USABLE_SHARE * free_memory_bytes(accelerator.device) / on_this_machine)
+    mine = choose_micro_batch(
+        run,
+        local_sequences=run.batch.sequences // processes,
+        device_type=accelerator.device.type,
+        budget_bytes=budget,
+    )
+    smallest = min(accelerator.gather_for_metrics([mine], use_gather_object=True)) if processes > 1 else mine
+    return run.model_copy(update={"batch": run.batch.model_copy(update={"micro_batch": smallest})})
+
+
+def provenance(prepared: Prepared) -> dict[str, Any]:
+    """What a result depends on beside its configuration: hashes of configuration, tokenizer and sample, versions."""
+    packages = ("velora-pretrain", "torch", "sentencepiece", "datasets", "accelerate", "safetensors")
+    versions = {name: _version(name) for name in packages}
+    return {
+        "config_sha256": prepared.run.sha256,
+        "tokenizer": prepared.tokenizer.name,
+        "tokenizer_sha256": prepared.tokenizer.sha256,
+        "data": prepared.source.name,
+        "data_sha256": sample_sha256(Path(prepared.source.shards[0])) if prepared.source.name == "sample" else None,
+        "versions": {"python": platform.python_version(), **versions},
+        "platform": platform.platform(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,126 @@
+"""Result tables of the commands, on standard output. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from velora_pretrain.records import GIB
+
+MEMORY_CATEGORIES = {
+    "weights_bytes": "weights",
+    "gradients_bytes": "gradients",
+    "optimizer_state_bytes": "optimizer state",
+    "buffers_bytes": "buffers",
+    "saved_activations_bytes": "saved activations",
+    "temporaries_bytes": "loss and temporaries",
+    "peak_bytes": "peak",
+}
+"""Fields of a memory prediction or measurement, in the order shown, with their headings."""
+
+
+def print_evaluation(fields: Mapping[str, Any], console: Console | None = None) -> None:
+    """Prints the figures of one evaluation.
+
+    Args:
+        fields: those of an `EvaluationRecord`, and the names of what was evaluated.
+        console: where to; standard output by default.
+    """
+    table = _grid()
+    _add_evaluation(table, fields)
+    for key, name in {"checkpoint": "checkpoint", "data": "data", "tokenizer_sha256": "tokenizer SHA-256"}.items():
+        if fields.get(key) is not None:
+            table.add_row(name, Text(str(fields[key])))
+    (console or output_console()).print(table)
+
+
+def print_summary(summary: Mapping[str, Any], console: Console | None = None) -> None:
+    """Prints what a finished run came to.
+
+    Args:
+        summary: as the trainer returns it: final evaluation, memory, speed and where the run lies.
+        console: where to; standard output by default.
+    """
+    table = _grid()
+    _add_evaluation(table, summary["final_evaluation"])
+    table.add_row("peak memory", gib(summary["peak_memory_bytes"]) + " GiB measured (on a CPU: the whole process)")
+    predicted = summary.get("predicted_memory")
+    if predicted:
+        decimals = _decimals([predicted])
+        parts = [f"{name} {gib(predicted[key], decimals)}" for key, name in MEMORY_CATEGORIES.items() if predicted[key]]
+        table.add_row("predicted, in GiB", ", ".join(parts))
+    table.add_row("speed", f"{summary['tokens_per_second']:,.0f} tokens/s (median step)")
+    elapsed = timedelta(seconds=round(summary["seconds"]))
+    table.add_row("trained", f"{summary['steps']:,} steps, {summary['tokens']:,} tokens, {elapsed}")
+    table.add_row("data", Text(str(summary["data"])))
+    table.add_row("run folder", Text(str(summary["run_dir"])))
+    (console or output_console()).print(table)
+
+
+def print_memory_rows(rows: Sequence[Mapping[str, Any]], console: Console | None = None) -> None:
+    """Prints memory by category, one line per mode and option set, predicted and, where there is one, measured.
+
+    Args:
+        rows: as `compare memory` gives them in JSON.
+        console: where to; standard output by default.
+    """
+    common = _common([row["options"] for row in rows])
+    table = Table(title=f"Memory of a training step in GiB: {_words(common)}", title_justify="left")
+    table.add_column("mode")
+    table.add_column("options")
+    table.add_column("")
+    for name in MEMORY_CATEGORIES.values():
+        table.add_column(name, justify="right")
+    decimals = _decimals([row[kind] for row in rows for kind in ("predicted", "measured") if row[kind]])
+    for row in rows:
+        own = {key: value for key, value in row["options"].items() if key not in common}
+        for kind in ("predicted", "measured"):
+            if row[kind]:
+                figures = [gib(row[kind][key], decimals) for key in MEMORY_CATEGORIES]
+                table.add_row(row["mode"], _words(own) or "default", kind, *figures)
+    (console or output_console()).print(table)
+
+
+def output_console() -> Console:
+    """Standard output; where it is no terminal, wide enough for every table to keep its lines."""
+    console = Console(highlight=False, markup=False)
+    return console if console.is_terminal else Console(highlight=False, markup=False, width=180)
+
+
+def gib(size_bytes: int, decimals: int = 2) -> str:
+    """A size in GiB, without its unit."""
+    return f"{size_bytes / GIB:.{decimals}f}"
+
+
+def _decimals(uses: Sequence[Mapping[str, int]]) -> int:
+    """Two decimals, or four where even the peaks are below one GiB and two would show nothing."""
+    return 2 if max((use["peak_bytes"] for use in uses), default=GIB) >= GIB else 4
+
+
+def _add_evaluation(table: Table, fields: Mapping[str, Any]) -> None:
+    loss = f"loss {fields['eval_loss_nats_per_token']:.4f} nats/token"
+    table.add_row("validation perplexity", f"{fields['perplexity']:.2f}  ({loss}, {fields['eval_tokens']:,} tokens)")
+    table.add_row("perplexity_paper", f"{fields['perplexity_paper']:.2f}  (as the published tables compute it)")
+    table.add_row("bits per byte", f"{fields['bits_per_byte']:.4f}")
+
+
+def _grid() -> Table:
+    table = Table.grid(padding=(0, 3))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    return table
+
+
+def _common(options: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The options that all rows share, with the same value."""
+    first = dict(options[0]) if options else {}
+    return {key: value for key, value in first.items() if all(other.get(key) == value for other in options)}
+
+
+def _words(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in options.items())

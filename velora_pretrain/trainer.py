@@ -1,0 +1,311 @@
+"""The training loop: it owns when to read, step, evaluate, save and stop. What a step does is the mode's.
+
+One optimizer step reads one global batch, whose sequences do not depend on the number of processes; each process runs
+its rows in micro-batches, and the loss is the sum over the targets of the global batch over their number. So a run gives
+the same numbers, to rounding, however it is cut.
+
+At a step that is evaluated and saved, the evaluation comes first: a run that resumes from a checkpoint has then done all
+that its step asked for, and its records are those of the uninterrupted run.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from contextlib import closing, nullcontext
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from velora_pretrain import checkpoint
+from velora_pretrain.config import Run
+from velora_pretrain.data.loader import Batch, TrainLoader, evaluation_batches
+from velora_pretrain.devices import WEIGHT_DTYPES, autocast, peak_memory_bytes
+from velora_pretrain.display import Display
+from velora_pretrain.distributed import all_reduce, data_parallel, start_processes
+from velora_pretrain.errors import UserError
+from velora_pretrain.evaluation import EVALUATION_MICRO_BATCH, EVALUATION_SEQUENCES, evaluate
+from velora_pretrain.modes import build_mode
+from velora_pretrain.nn.llama import Llama
+from velora_pretrain.optim.schedule import lr_multiplier
+from velora_pretrain.prediction import predict_memory
+from velora_pretrain.records import EvaluationRecord, RunFolder, TrainingRecord
+from velora_pretrain.setup import prepare, provenance
+from velora_pretrain.signals import Interrupted, StopSignals
+
+__all__ = ["Interrupted", "Trainer", "train"]
+
+
+def train(run: Run, folder: RunFolder, *, resume: bool, display: Display) -> dict[str, Any]:
+    """Trains a model, or goes on with one, and evaluates it.
+
+    Args:
+        run: the resolved configuration.
+        folder: where the run is kept.
+        resume: goes on from the folder's newest whole checkpoint.
+        display: shows the run.
+
+    Returns:
+        The summary, as summary.json holds it.
+
+    Raises:
+        UserError: what was asked for cannot be done, or the numbers failed; nothing that was saved is lost.
+        Interrupted: a signal ended the run; a checkpoint was written.
+    """
+    return Trainer(run, folder, resume=resume, display=display).train()
+
+
+class Trainer:
+    """One process's part in a run; arguments as for `train`."""
+
+    def __init__(self, run: Run, folder: RunFolder, *, resume: bool, display: Display) -> None:
+        self.folder, self.display = folder, display
+        self.accelerator = start_processes(run.device)
+        self.device = self.accelerator.device
+        self.prepared = prepare(run, folder, resume=resume, accelerator=self.accelerator, display=display)
+        self.run = run = self.prepared.run
+
+        self.mode = build_mode(run)
+        # Weights that a checkpoint replaces need not be drawn.
+        self.model = Llama(run.llama, seed=run.seed)
+        self.mode.adapt(self.model)
+        self.model.to(device=self.device, dtype=WEIGHT_DTYPES[run.precision])
+        self.wrapped: nn.Module = data_parallel(self.accelerator, self.model)
+        self.optimizer = self.mode.build_optimizer(self.model)
+        if self.prepared.checkpoint:
+            checkpoint.restore(self.prepared.checkpoint, model=self.model, optimizer=self.optimizer)
+            display.note(f"going on from {self.prepared.checkpoint}")
+        state = self.prepared.state
+        self.done_steps: int = state.get("step", 0)
+        self.tokens: int = state.get("tokens", 0)
+        self.cursor: dict[str, Any] | None = state.get("cursor")
+        self.seconds_before: float = state.get("seconds", 0.0)
+        self.started = self.saved = time.monotonic()
+        self.last_evaluation: EvaluationRecord | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the run so far, over all its processes' lives."""
+        return self.seconds_before + time.monotonic() - self.started
+
+    def train(self) -> dict[str, Any]:
+        """Runs to the end; see `train`."""
+        run = self.run
+        self.display.start(name=str(self.folder.path), steps=run.steps, done_steps=self.done_steps)
+        loader = TrainLoader(
+            self.prepared.source,
+            self.prepared.tokenizer,
+            packing=run.packing,
+            sequence_length=run.batch.sequence_length,
+            sequences=run.batch.sequences,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+            seed=run.seed,
+            shuffle_block_documents=run.reading.shuffle_block_documents,
+            max_bad_lines=run.reading.max_bad_lines,
+            prefetch_batches=run.reading.prefetch_batches,
+            cursor=self.cursor,
+        )
+        with closing(loader), StopSignals(self.display.note) as signals:
+            while self.done_steps < run.steps:
+                is_stopped, is_due = self._step(loader, signals)
+                if _is_multiple(self.done_steps, run.evaluation.every_steps) and self.done_steps < run.steps:
+                    self._evaluate()
+                if is_stopped and self.done_steps < run.steps:
+                    path = self._save()
+                    raise Interrupted(
+                        f"stopped after step {self.done_steps} of {run.steps}; wrote {path}; go on with:"
+                        f" velora-pretrain train --resume --run-dir {self.folder.path}"
+                    )
+                is_last = self.done_steps == run.steps
+                if is_last:
+                    self._evaluate()
+                if is_last or is_due or _is_multiple(self.done_steps, run.checkpoint.every_steps):
+                    self._save()
+        self.display.finish()
+        return self._summarise()
+
+    def _step(self, loader: TrainLoader, signals: StopSignals) -> tuple[bool, bool]:
+        """Takes one optimizer step; gives whether to stop after it, and whether a checkpoint is due by the clock."""
+        run, began, waited = self.run, time.monotonic(), loader.wait_seconds
+        batch = next(loader)
+        step = self.done_steps + 1
+        multiplier = lr_multiplier(
+            step,
+            steps=run.steps,
+            warmup_steps=run.warmup_steps,
+            kind=run.schedule.kind,
+            min_lr_ratio=run.schedule.min_lr_ratio,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = run.lr * multiplier
+        micro_batches = self._micro_batches(batch)
+        self.mode.before_step(self.model, step, lambda: self._forward_only(micro_batches))
+        nats = self._backward(micro_batches, batch.num_target_tokens)
+
+        # One message between processes: the loss, whether anyone was told to stop, whether the first one's clock is up.
+        minutes = run.checkpoint.every_minutes
+        is_due = self.accelerator.is_main_process and 0 < minutes <= (time.monotonic() - self.saved) / 60
+        message = torch.tensor([nats, signals.is_set, is_due], dtype=torch.float64)
+        nats, stops, due = all_reduce(self.accelerator, message).tolist()
+        loss = nats / max(1, batch.num_target_tokens)
+        grad_norm = self._clip()
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise UserError(self._numbers_failed(step, loss))
+        self.optimizer.step()
+        self.mode.after_step(self.model, step)
+        self.optimizer.zero_grad()
+
+        self.done_steps, self.cursor = step, batch.cursor
+        self.tokens += batch.num_input_tokens
+        record = TrainingRecord(
+            step=step,
+            tokens=self.tokens,
+            loss_nats_per_token=loss,
+            learning_rate=run.lr * multiplier,
+            grad_norm=grad_norm,
+            tokens_per_second=batch.num_input_tokens / (time.monotonic() - began),
+            peak_memory_bytes=peak_memory_bytes(self.device),
+            data_wait_seconds=loader.wait_seconds - waited,
+        )
+        if self.accelerator.is_main_process:
+            self.folder.append(record)
+        self.display.step(record)
+        return stops > 0, due > 0
+
+    def _micro_batches(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
+        """This process's rows of the batch, cut for the forward passes, on the device."""
+        size = self.run.batch.micro_batch
+        assert size != "auto"
+        inputs, labels = (
+            tensor.to(self.device, non_blocking=True).split(size) for tensor in (batch.inputs, batch.labels)
+        )
+        return list(zip(inputs, labels, strict=True))
+
+    @torch.no_grad()
+    def _forward_only(self, micro_batches: list[tuple[Tensor, Tensor]]) -> None:
+        for inputs, labels in micro_batches:
+            with autocast(self.run.precision, self.device.type):
+                self.model(inputs, labels)
+
+    def _backward(self, micro_batches: list[tuple[Tensor, Tensor]], num_targets: int) -> float:
+        """Accumulates the gradient of the global batch's mean loss; gives this process's nats."""
+        # DistributedDataParallel averages gradients over processes; the loss is a sum over them.
+        factor = self.accelerator.num_processes / max(1, num_targets)
+        nats = torch.zeros((), dtype=torch.float32, device=self.device)
+        for place, (inputs, labels) in enumerate(micro_batches, start=1):
+            is_last = place == len(micro_batches)
+            with nullcontext() if is_last else self.accelerator.no_sync(self.wrapped):
+                with autocast(self.run.precision, self.device.type):
+                    loss = self.wrapped(inputs, labels)
+                nats += loss.detach()
+                (loss * factor).backward()
+            self.display.micro_batch(place, len(micro_batches))
+        return nats.item()
+
+    def _clip(self) -> float:
+        """The global gradient norm, before it is clipped to the configured one."""
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self.run.optimizer.clip_norm:
+            nn.utils.clip_grads_with_norm_(parameters, self.run.optimizer.clip_norm, norm)
+        return norm.item()
+
+    def _numbers_failed(self, step: int, loss: float) -> str:
+        """One line on where infinity or NaN was first seen, and how to go on."""
+        held = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+        gradients = {f"the gradient of {n}": p.grad for n, p in self.model.named_parameters() if p.grad is not None}
+        bad = next(
+            (name for name, tensor in (held | gradients).items() if not tensor.isfinite().all()), "the loss alone"
+        )
+        last = self.folder.checkpoints_newest_first()
+        kept = f"the last good checkpoint is {last[0]}" if last else "no checkpoint was written yet"
+        return (
+            f"step {step}: the loss is {loss}; first tensor that is not finite: {bad}. The step was not taken; {kept}."
+            " Lower optimizer.lr, or set optimizer.clip_norm, in a new run"
+        )
+
+    def _evaluate(self) -> None:
+        run = self.run
+        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
+        batches = evaluation_batches(
+            self.prepared.validation,
+            self.prepared.tokenizer,
+            packing=run.packing,
+            sequence_length=run.batch.sequence_length,
+            sequences=EVALUATION_SEQUENCES,
+            max_target_tokens=run.evaluation.tokens,
+            rank=rank,
+            world_size=world_size,
+            max_bad_lines=run.reading.max_bad_lines,
+        )
+        score = evaluate(
+            self.model,
+            batches,
+            precision=run.precision,
+            device=self.device,
+            micro_batch=EVALUATION_MICRO_BATCH,
+            all_reduce=lambda tensor: all_reduce(self.accelerator, tensor),
+            progress=lambda tokens: self.display.evaluating(tokens, run.evaluation.tokens),
+        )
+        self.last_evaluation = score.record(self.done_steps)
+        if self.accelerator.is_main_process:
+            self.folder.append(self.last_evaluation)
+        self.display.evaluation(self.last_evaluation)
+
+    def _save(self) -> str:
+        """Writes a checkpoint; gives its path."""
+        path = self.folder.checkpoint(self.done_steps)
+        if self.accelerator.is_main_process:
+            tokenizer = self.prepared.tokenizer
+            self.folder.sync_metrics()
+            checkpoint.save(
+                self.folder,
+                step=self.done_steps,
+                model=self.model,
+                config=self.run.llama,
+                optimizer=self.optimizer,
+                progress={"tokens": self.tokens, "cursor": self.cursor, "seconds": self.seconds},
+                token_ids={"pad_token_id": tokenizer.pad_id, "eos_token_id": tokenizer.eos_id},
+                save_tokenizer=tokenizer.save_pretrained,
+                keep_last=self.run.checkpoint.keep_last,
+            )
+        self.accelerator.wait_for_everyone()
+        self.saved = time.monotonic()
+        return str(path)
+
+    def _summarise(self) -> dict[str, Any]:
+        """The final figures; written to summary.json."""
+        run, records = self.run, list(self.folder.records())
+        evaluations = [record for record in records if "perplexity" in record]
+        training = [record for record in records if "tokens_per_second" in record]
+        assert run.batch.micro_batch != "auto"
+        local_sequences = run.batch.sequences // self.accelerator.num_processes
+        predicted = predict_memory(run, run.batch.micro_batch, accumulates=run.batch.micro_batch < local_sequences)
+        summary = {
+            "run_dir": str(self.folder.path),
+            "size": run.size,
+            "mode": run.mode,
+            "steps": self.done_steps,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "first_loss_nats_per_token": training[0]["loss_nats_per_token"],
+            "last_loss_nats_per_token": training[-1]["loss_nats_per_token"],
+            "final_evaluation": evaluations[-1],
+            "tokens_per_second": statistics.median(record["tokens_per_second"] for record in training),
+            "peak_memory_bytes": max(record["peak_memory_bytes"] for record in training),
+            "predicted_memory": asdict(predicted),
+            "device": str(self.device),
+            "processes": self.accelerator.num_processes,
+            **provenance(self.prepared),
+        }
+        if self.accelerator.is_main_process:
+            self.folder.write_summary(summary)
+        return summary
+
+
+def _is_multiple(step: int, every_steps: int) -> bool:
+    return every_steps > 0 and step % every_steps == 0
