@@ -11,7 +11,7 @@ import tomli_w
 
 sys.path.insert(0, str(Path(__file__).parent))  # for tests/runs.py
 
-import runs  # noqa: E402
+import runs
 
 try:
     from jaxtyping import install_import_hook

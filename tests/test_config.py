@@ -6,15 +6,13 @@ from pydantic import ValidationError
 from velora_pretrain.config import MODES, PROJECTIONS, SIZES, Run, Section
 
 
-@pytest.mark.parametrize(
-    ("size", "millions"), [("60m", 58.07), ("130m", 134.11), ("350m", 367.97), ("1b", 1339.08)]
-)
+@pytest.mark.parametrize(("size", "millions"), [("60m", 58.07), ("130m", 134.11), ("350m", 367.97), ("1b", 1339.08)])
 def test_published_sizes_have_their_parameters(size: str, millions: float):
     assert SIZES[size].num_parameters / 1e6 == pytest.approx(millions, abs=0.005)
 
 
 def test_every_size_of_the_command_line_exists():
-    assert list(SIZES) == "9m 20m 35m 60m 71m 100m 130m 250m 350m 1b 3b 7b 13b".split()
+    assert list(SIZES) == ["9m", "20m", "35m", "60m", "71m", "100m", "130m", "250m", "350m", "1b", "3b", "7b", "13b"]
     assert all(Run(size=size).llama == dimensions for size, dimensions in SIZES.items())
 
 

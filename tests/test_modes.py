@@ -70,7 +70,9 @@ def test_default_placement_is_the_papers(size: str, groups: dict[str, int]) -> N
 
 
 def test_all_seven_projections_and_their_own_groups() -> None:
-    run = resolve(None, {"size": "60m", "mode": "velora"}, ["modes.velora.layers=all", "modes.velora.num_groups.o_proj=8"])
+    run = resolve(
+        None, {"size": "60m", "mode": "velora"}, ["modes.velora.layers=all", "modes.velora.num_groups.o_proj=8"]
+    )
     assert placement(run) == {
         "q_proj": 64,
         "k_proj": 64,

@@ -3,10 +3,10 @@
     config.json, model.safetensors            the plain LLaMA; from_pretrained(folder) loads it
     tokenizer files                           likewise
     training_state.safetensors                the mode's own tensors, the optimizer's state, random states
-    training_state.json                       step, tokens, place in the data, and the SHA-256 of every other file
+    training_state.json                       step, tokens, place in the data, SHA-256 of all other files
 
-A checkpoint is written to a temporary folder, brought to disk, and renamed: it is there whole or not at all. One that was
-damaged later is told by its hashes. Tensors are only ever in safetensors; nothing is unpickled.
+A checkpoint is written to a temporary folder, brought to disk, and renamed: it is there whole or not at all. One that
+was damaged later is told by its hashes. Tensors are only ever in safetensors; nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -157,14 +157,14 @@ def restore(path: Path, *, model: nn.Module, optimizer: Optimizer) -> None:
             parameter = parameters[parameter_name]
             # A Python number was written as a 0-dimensional int64; no optimizer keeps such a tensor.
             is_number = tensor.dtype == torch.int64 and tensor.ndim == 0
-            optimizer.state[parameter][key] = int(tensor) if is_number else tensor.to(parameter.device)
+            optimizer.state[parameter][key] = int(tensor) if is_number else tensor.to(parameter.device, copy=True)
     torch.set_rng_state(tensors["random.cpu"])
     if "random.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["random.cuda"])
 
 
 def split_state(model: nn.Module, config: LlamaConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The plain LLaMA's tensors by their names, and the mode's own under `model.`; on the CPU, each in its own memory."""
+    """The plain LLaMA's tensors by their names, and the mode's own under `model.`; on the CPU."""
     with torch.device("meta"):
         plain = Llama(config).state_dict().keys()
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}

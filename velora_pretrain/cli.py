@@ -293,6 +293,7 @@ def _status(arguments: Sequence[str] | None) -> int:
         # Without a command there is nothing to do but to say which there are.
         arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
         status = app(args=arguments, prog_name="velora-pretrain", standalone_mode=False)
+        sys.stdout.flush()
     except UserError as error:
         return _complain(str(error))
     except (typer.Abort, KeyboardInterrupt):

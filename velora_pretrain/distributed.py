@@ -27,8 +27,8 @@ def data_parallel(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     if accelerator.num_processes == 1:
         return model
     # Every process draws the same weights from the seed or reads the same checkpoint, so nothing is sent at the start;
-    # accelerate's own wrapping has no field for that. A handle of compressed gradients, one number expanded to a matrix,
-    # could not be written by a broadcast.
+    # accelerate's own wrapping has no field for that. A handle of compressed gradients, one number expanded to a
+    # matrix, could not be written by a broadcast.
     on_gpu = accelerator.device.type == "cuda"
     return DistributedDataParallel(
         model, device_ids=[accelerator.device.index] if on_gpu else None, broadcast_buffers=False, init_sync=False

@@ -1,18 +1,18 @@
 """Where the bytes are: every tensor of a training step, once per storage, by category, at the moment of the peak.
 
-A dispatch mode sees each operation and notes the storages of its results; a storage is alive until its last tensor dies.
-What a storage is, is known from who holds it:
+A dispatch mode sees each operation and notes the storages of its results; a storage is alive until its last tensor
+dies. What a storage is, is known from who holds it:
 
     weights            parameters of the model
     buffers            registered buffers
     gradients          .grad of the parameters, once the backward pass has accumulated them
     optimizer state    tensors in `optimizer.state`
     saved activations  tensors that the autograd graph keeps for the backward pass
-    temporaries        all else: outputs on their way, gradients of activations, work space of the loss and of the step
+    temporaries        all else: outputs on their way, gradients of activations, work space of loss and step
 
-The same code measures real tensors and predicts from fake ones (`torch._subclasses.FakeTensorMode`), which have shapes but
-no memory, so the prediction runs the real model and cannot drift from it. Memory that a kernel takes inside itself and gives
-back (a GEMM's work space) is not seen, nor what an allocator rounds up or keeps.
+The same code measures real tensors and predicts from fake ones (`torch._subclasses.FakeTensorMode`), which have shapes
+but no memory, so the prediction runs the real model and cannot drift from it. Memory that a kernel takes inside itself
+and gives back (a GEMM's work space) is not seen, nor what an allocator rounds up or keeps.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Training modes: one kind of linear layer × one optimizer. The one place that knows them by name.
 
-A mode adapts the model, groups its parameters and builds the stepping rule; the trainer owns when to step. Everything that
-a mode keeps is a parameter, a registered buffer or a tensor in `optimizer.state`, so checkpoints and memory accounting need
-not know it. To add a mode: its settings in `config.ModesTable`, a class here, a row in `MODES`.
+A mode adapts the model, groups its parameters and builds the stepping rule; the trainer owns when to step. Everything
+that a mode keeps is a parameter, a registered buffer or a tensor in `optimizer.state`, so checkpoints and memory
+accounting need not know it. To add a mode: its settings in `config.ModesTable`, a class here, a row in `MODES`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
-from velora_pretrain.config import LlamaConfig, Projection, Run
+from velora_pretrain.config import Projection, Run
 from velora_pretrain.nn.velora import (
     compress_linears,
     compressed_weights,
@@ -148,12 +148,3 @@ def parameter_groups(model: nn.Module, run: Run) -> list[dict[str, Any]]:
         {"params": matrices, "weight_decay": run.optimizer.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-
-
-def dimensions_note(run: Run) -> str:
-    """One line on the model: size, parameters, mode."""
-    dimensions: LlamaConfig = run.llama
-    return (
-        f"{run.size or 'custom'} model: {dimensions.num_parameters / 1e6:.2f}M parameters, hidden"
-        f" {dimensions.hidden_size}, MLP {dimensions.intermediate_size}, {dimensions.num_hidden_layers} layers; mode {run.mode}"
-    )

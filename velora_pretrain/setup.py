@@ -62,7 +62,7 @@ def prepare(run: Run, folder: RunFolder, *, resume: bool, accelerator: Accelerat
     if source.fallback_reason:
         display.warn(
             f"{source.fallback_reason}. TRAINING ON THE BUNDLED SAMPLE, some 2 MB of Python documentation, NOT ON C4:"
-            " fit for trying things out, not for a result. Give --data c4 to insist, or --data PATH for files of your own."
+            " fit for trying things out, not for a result. Give --data c4 to insist on C4, or --data PATH."
         )
     if run.data == "auto":
         run = run.model_copy(update={"data": source.name})

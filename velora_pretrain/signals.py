@@ -11,7 +11,7 @@ from typing import Any
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Interrupted(Exception):  # noqa: N818 (no error: what the user asked for)
+class Interrupted(Exception):
     """A signal ended the run after a checkpoint was written."""
 
     def __init__(self, message: str) -> None:

@@ -105,7 +105,10 @@ def _decimals(uses: Sequence[Mapping[str, int]]) -> int:
 def _add_evaluation(table: Table, fields: Mapping[str, Any]) -> None:
     loss = f"loss {fields['eval_loss_nats_per_token']:.4f} nats/token"
     table.add_row("validation perplexity", f"{fields['perplexity']:.2f}  ({loss}, {fields['eval_tokens']:,} tokens)")
-    table.add_row("perplexity_paper", f"{fields['perplexity_paper']:.2f}  (as the published tables compute it)")
+    table.add_row(
+        "perplexity_paper",
+        f"{fields['perplexity_paper']:.2f}  (as the published tables compute it; far too low over few tokens)",
+    )
     table.add_row("bits per byte", f"{fields['bits_per_byte']:.4f}")
 
 

@@ -1,11 +1,11 @@
 """The training loop: it owns when to read, step, evaluate, save and stop. What a step does is the mode's.
 
 One optimizer step reads one global batch, whose sequences do not depend on the number of processes; each process runs
-its rows in micro-batches, and the loss is the sum over the targets of the global batch over their number. So a run gives
-the same numbers, to rounding, however it is cut.
+its rows in micro-batches, and the loss is the sum over the targets of the global batch over their number. So a run
+gives the same numbers, to rounding, however it is cut.
 
-At a step that is evaluated and saved, the evaluation comes first: a run that resumes from a checkpoint has then done all
-that its step asked for, and its records are those of the uninterrupted run.
+At a step that is evaluated and saved, the evaluation comes first: a run that resumes from a checkpoint has then done
+all that its step asked for, and its records are those of the uninterrupted run.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ class Trainer:
         self.prepared = prepare(run, folder, resume=resume, accelerator=self.accelerator, display=display)
         self.run = run = self.prepared.run
 
+        torch.manual_seed(run.seed)
         self.mode = build_mode(run)
-        # Weights that a checkpoint replaces need not be drawn.
         self.model = Llama(run.llama, seed=run.seed)
         self.mode.adapt(self.model)
         self.model.to(device=self.device, dtype=WEIGHT_DTYPES[run.precision])

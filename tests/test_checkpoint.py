@@ -1,0 +1,245 @@
+"""Checkpoints: whole or absent, bitwise, readable by transformers, and told when damaged."""
+
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from velora_pretrain import checkpoint
+from velora_pretrain.data.tokenizer import load_tokenizer
+from velora_pretrain.errors import UserError
+from velora_pretrain.hugging_face import load_llama, read_config
+from velora_pretrain.modes import build_mode
+from velora_pretrain.nn.llama import Llama
+from velora_pretrain.records import RunFolder
+
+
+class Trained:
+    """A small model after two steps, with what a checkpoint of it asks for."""
+
+    def __init__(self, run: Any, steps: int = 2) -> None:
+        self.run = run
+        self.mode, self.model = build_mode(run), Llama(run.llama, seed=run.seed)
+        self.mode.adapt(self.model)
+        self.model.to(torch.bfloat16 if run.precision == "bf16" else torch.float32)
+        self.optimizer = self.mode.build_optimizer(self.model)
+        for step in range(steps):
+            self.step(step)
+
+    def step(self, number: int) -> None:
+        tokens = torch.randint(0, 120, (4, 16), generator=torch.Generator().manual_seed(number))
+        with torch.no_grad():
+            self.mode.before_step(self.model, number + 1, lambda: self.model(tokens, tokens))
+        self.model(tokens, tokens).backward()
+        self.optimizer.step()
+        self.mode.after_step(self.model, number + 1)
+        self.optimizer.zero_grad()
+
+    def save(self, folder: RunFolder, step: int = 2, keep_last: int = 2) -> Path:
+        return checkpoint.save(
+            folder,
+            step=step,
+            model=self.model,
+            config=self.run.llama,
+            optimizer=self.optimizer,
+            progress={"tokens": 7, "cursor": {"epoch": 1}},
+            token_ids={"pad_token_id": 0, "eos_token_id": 1},
+            save_tokenizer=load_tokenizer(self.run.tokenizer).save_pretrained,
+            keep_last=keep_last,
+        )
+
+
+def everything(trained: Trained) -> dict[str, Any]:
+    tensors: dict[str, Any] = dict(trained.model.state_dict())
+    for name, parameter in trained.model.named_parameters():
+        tensors |= {f"{name}.{key}": value for key, value in trained.optimizer.state[parameter].items()}
+    return tensors
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("settings", [{}, {"layers": "all"}, {"init": "running_average"}, {"init": "svd"}])
+@pytest.mark.parametrize("mode", ["full", "velora"])
+def test_restored_is_what_was_saved_and_goes_on_bitwise(
+    tiny_run: Callable[..., Any], tmp_path: Path, mode: str, precision: str, settings: dict[str, str]
+) -> None:
+    if mode == "full" and settings:
+        pytest.skip("settings of the other mode")
+    changes = {f"modes__velora__{key}": value for key, value in settings.items()}
+    run = tiny_run(mode=mode, precision=precision, **changes)
+    trained = Trained(run)
+    path = trained.save(RunFolder(tmp_path))
+    assert checkpoint.verified_state(path)["cursor"] == {"epoch": 1}
+    again = Trained(run, steps=0)
+    checkpoint.restore(path, model=again.model, optimizer=again.optimizer)
+    for step in (2, 3):
+        before, after = everything(trained), everything(again)
+        assert before.keys() == after.keys()
+        for name, value in before.items():
+            same = torch.equal(value, after[name]) if isinstance(value, torch.Tensor) else value == after[name]
+            assert same, name
+            assert not isinstance(value, torch.Tensor) or value.dtype == after[name].dtype, name
+        trained.step(step)
+        again.step(step)
+
+
+@pytest.mark.parametrize("mode", ["full", "velora"])
+def test_transformers_loads_the_folder_and_gives_the_same_logits(
+    tiny_run: Callable[..., Any], tmp_path: Path, mode: str
+) -> None:
+    trained = Trained(tiny_run(mode=mode))
+    path = trained.save(RunFolder(tmp_path))
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
+    assert type(theirs) is transformers.LlamaForCausalLM
+    assert not any(info.values()), info
+    tokens = torch.randint(0, 120, (2, 20))
+    assert (theirs(tokens).logits - trained.model.logits(tokens)).abs().max() < 1e-5
+    assert (load_llama(path).logits(tokens) - trained.model.logits(tokens)).abs().max() == 0
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    ours = load_tokenizer(str(path))
+    assert tokenizer("balmer cenos.")["input_ids"] == [*ours.encode(["balmer cenos."])[0], ours.eos_id]
+
+
+def test_random_state_is_restored(tiny_run: Callable[..., Any], tmp_path: Path) -> None:
+    trained = Trained(tiny_run())
+    path = trained.save(RunFolder(tmp_path))
+    expected = torch.rand(3)
+    checkpoint.restore(path, model=trained.model, optimizer=trained.optimizer)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_old_checkpoints_are_removed_and_newest_come_first(tiny_run: Callable[..., Any], tmp_path: Path) -> None:
+    trained, folder = Trained(tiny_run()), RunFolder(tmp_path)
+    for step in (2, 10, 9):
+        trained.save(folder, step=step, keep_last=2)
+    assert [path.name for path in folder.checkpoints_newest_first()] == ["step-00000010", "step-00000009"]
+
+
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "training_state.safetensors", "training_state.json", "config.json"]
+)
+@pytest.mark.parametrize("damage", ["cut short", "one byte changed", "gone"])
+def test_a_damaged_checkpoint_is_passed_over_and_said(
+    tiny_run: Callable[..., Any], tmp_path: Path, file: str, damage: str
+) -> None:
+    trained, folder = Trained(tiny_run()), RunFolder(tmp_path)
+    older, newer = trained.save(folder, step=2), trained.save(folder, step=3)
+    content = (newer / file).read_bytes()
+    if damage == "gone":
+        (newer / file).unlink()
+    else:
+        changed = content[: len(content) // 2] if damage == "cut short" else b"#" + content[1:]
+        (newer / file).write_bytes(changed)
+    warnings: list[str] = []
+    found = checkpoint.newest_whole(folder, warnings.append)
+    assert found is not None
+    assert found[0] == older
+    assert len(warnings) == 1
+    assert str(newer) in warnings[0]
+    assert file in warnings[0]
+
+
+def test_a_save_that_fails_leaves_the_earlier_checkpoint_and_nothing_else(
+    tiny_run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained, folder = Trained(tiny_run()), RunFolder(tmp_path)
+    first = trained.save(folder, step=2)
+
+    def full_disk(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    for where in ("velora_pretrain.checkpoint.save_file", "velora_pretrain.checkpoint._to_disk", "os.fsync"):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, full_disk)
+            with pytest.raises(
+                UserError, match=r"step-00000003: .*No space left on device.*earlier checkpoints are whole"
+            ):
+                trained.save(folder, step=3)
+    assert [path.name for path in folder.checkpoints.iterdir()] == [first.name]
+    checkpoint.verified_state(first)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system")
+def test_a_disk_that_really_fills_up(tiny_run: Callable[..., Any], tmp_path: Path) -> None:
+    trained = Trained(tiny_run())
+    whole_bytes = sum(file.stat().st_size for file in trained.save(RunFolder(tmp_path / "roomy")).iterdir())
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    size = f"size={int(1.5 * whole_bytes)}"
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(disk)], capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        folder = RunFolder(disk)
+        first = trained.save(folder, step=2)
+        with pytest.raises(UserError, match="step-00000003: the checkpoint could not be written"):
+            trained.save(folder, step=3)
+        assert [path.name for path in folder.checkpoints.iterdir()] == [first.name]
+        checkpoint.verified_state(first)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_there_is_no_pickle(tiny_run: Callable[..., Any], tmp_path: Path) -> None:
+    path = Trained(tiny_run(mode="velora")).save(RunFolder(tmp_path))
+    assert {file.suffix for file in path.iterdir()} <= {".json", ".safetensors", ".model"}
+    names = json.loads((path / "training_state.json").read_text())["sha256"]
+    assert set(names) == {file.name for file in path.iterdir()} - {"training_state.json"}
+
+
+def foreign_config(**changes: Any) -> dict[str, Any]:
+    return {
+        "model_type": "llama",
+        "vocab_size": 50,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    } | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "mistral"}, "model_type is 'mistral'"),
+        ({"attention_bias": True}, "attention_bias = True is not supported"),
+        ({"rope_scaling": {"rope_type": "llama3"}}, "rotary scaling 'llama3' is not supported"),
+        ({"head_dim": 4}, "head_dim 4"),
+        ({"hidden_size": "wide"}, "hidden_size: input should be a valid integer"),
+    ],
+)
+def test_a_model_that_is_not_ours_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(foreign_config(**changes)))
+    with pytest.raises(UserError, match=message):
+        read_config(tmp_path)
+
+
+def test_foreign_folders_sharded_and_tied(tmp_path: Path) -> None:
+    config = transformers.LlamaConfig(
+        **foreign_config(num_key_value_heads=1, rope_theta=500.0, tie_word_embeddings=True)
+    )
+    theirs = transformers.LlamaForCausalLM(config)
+    theirs.save_pretrained(tmp_path, max_shard_size="4KB")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    tokens = torch.randint(0, 50, (2, 9))
+    assert (load_llama(tmp_path).logits(tokens) - theirs(tokens).logits).abs().max() < 1e-5
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**foreign_config())).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 51}))
+    with pytest.raises(UserError, match=r"embed_tokens\.weight has shape \(50, 16\), config\.json asks for \(51, 16\)"):
+        load_llama(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    with pytest.raises(UserError, match=r"the weights hold no model\.layers\.1"):
+        load_llama(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:500])
+    with pytest.raises(UserError, match="not a whole safetensors file"):
+        load_llama(tmp_path)

@@ -1,0 +1,164 @@
+"""kill -9 at any moment, then --resume: bitwise the straight run."""
+
+import hashlib
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+import torch
+from safetensors.torch import load_file
+
+STEPS = 6
+KILLER = Path(__file__).parent / "killer.py"
+MODES: dict[str, dict[str, Any]] = {
+    "full": {"mode": "full", "packing": "pad"},
+    "velora": {"mode": "velora", "modes__velora__layers": "all", "modes__velora__refresh_every": 2, "packing": "pack"},
+}
+
+
+def recipe_of(tiny_recipe: Callable[..., Path], mode: str, **changes: Any) -> Path:
+    """Checkpoints every 2 steps, evaluations every 3, 2 micro-batches a step."""
+    options = {"checkpoint__every_steps": 2, "evaluation__every_steps": 3, "schedule__steps": STEPS}
+    return tiny_recipe(**(MODES[mode] | options | changes))
+
+
+def outcome(run: Path) -> dict[str, Any]:
+    """What must be the same: the weights, every record but its times, and the place in the data."""
+    last = run / "checkpoints" / f"step-{STEPS:08d}"
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    timed = ("_per_second", "_seconds", "memory_bytes")
+    timeless = [{key: value for key, value in record.items() if not key.endswith(timed)} for record in records]
+    state = json.loads((last / "training_state.json").read_text())
+    return {
+        "weights": hashlib.sha256((last / "model.safetensors").read_bytes()).hexdigest(),
+        "states": {
+            name: hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+            for name, tensor in load_file(last / "training_state.safetensors").items()
+        },
+        "records": timeless,
+        "cursor": state["cursor"],
+        "tokens": state["tokens"],
+    }
+
+
+def killed_at(place: str, count: int, *arguments: str) -> None:
+    """Runs the tool until it is killed at that place."""
+    process = subprocess.run(
+        [sys.executable, str(KILLER), place, str(count), *arguments],
+        env=runs.environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert process.returncode == -signal.SIGKILL, process.stderr
+
+
+def straight(recipe: Path, folder: Path) -> dict[str, Any]:
+    finished = runs.tool("train", "--recipe", str(recipe), "--run-dir", str(folder))
+    assert finished.returncode == 0, finished.stderr
+    return outcome(folder)
+
+
+# Counted over a whole run of 6 steps of 2 micro-batches: each stands within a step, an accumulation or a checkpoint.
+KILLS = [
+    ("reading", 4),
+    ("forward", 8),
+    ("backward", 10),
+    ("optimizer", 5),
+    ("recording", 4),
+    ("evaluation", 1),
+    ("writing weights", 3),
+    ("bringing to disk", 7),
+    ("removing old", 2),
+]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_killed_and_resumed_again_and_again(tiny_recipe: Callable[..., Path], tmp_path: Path, mode: str) -> None:
+    """One run that is killed at three places in turn; the other places are the slow test's."""
+    recipe = recipe_of(tiny_recipe, mode)
+    expected = straight(recipe, tmp_path / "straight")
+    folder = tmp_path / "killed"
+    killed_at("backward", 10, "train", "--recipe", str(recipe), "--run-dir", str(folder))
+    assert len(list((folder / "checkpoints").glob("step-*"))) == 2
+    killed_at("bringing to disk", 3, "train", "--resume", "--run-dir", str(folder))
+    killed_at("optimizer", 2, "train", "--resume", "--run-dir", str(folder))
+    finished = runs.tool("train", "--resume", "--run-dir", str(folder))
+    assert finished.returncode == 0, finished.stderr
+    assert outcome(folder) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_killed_at_every_place(tiny_recipe: Callable[..., Path], tmp_path: Path, mode: str) -> None:
+    recipe = recipe_of(tiny_recipe, mode)
+    expected = straight(recipe, tmp_path / "straight")
+    for place, count in KILLS:
+        folder = tmp_path / place.replace(" ", "-")
+        killed_at(place, count, "train", "--recipe", str(recipe), "--run-dir", str(folder))
+        finished = runs.tool("train", "--resume", "--run-dir", str(folder))
+        assert finished.returncode == 0, (place, finished.stderr)
+        assert outcome(folder) == expected, place
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_killed_at_random_moments(tiny_recipe: Callable[..., Path], tmp_path: Path, mode: str) -> None:
+    recipe = recipe_of(tiny_recipe, mode)
+    began = time.monotonic()
+    expected = straight(recipe, tmp_path / "straight")
+    seconds = time.monotonic() - began
+    draw = random.Random(0)
+    for number in range(5):
+        folder = tmp_path / f"killed-{number}"
+        process = runs.start("train", "--recipe", str(recipe), "--run-dir", str(folder))
+        time.sleep(draw.uniform(0.3, 1.0) * seconds)
+        process.kill()
+        process.communicate()
+        again = ["--resume"] if (folder / "config.toml").exists() else ["--recipe", str(recipe)]
+        finished = runs.tool("train", *again, "--run-dir", str(folder))
+        assert finished.returncode == 0, finished.stderr
+        assert outcome(folder) == expected
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
+    tiny_recipe: Callable[..., Path], tmp_path: Path, number: signal.Signals
+) -> None:
+    recipe = recipe_of(tiny_recipe, "velora", checkpoint__every_steps=0, evaluation__every_steps=0)
+    expected = straight(recipe, tmp_path / "straight")
+    folder = tmp_path / "stopped"
+    code = (
+        "import os, sys\n"
+        "from velora_pretrain import cli, trainer\n"
+        "step = trainer.Trainer._backward\n"
+        "def signalled(self, *args):\n"
+        f"    if self.done_steps == 2: os.kill(os.getpid(), {int(number)})\n"
+        "    return step(self, *args)\n"
+        "trainer.Trainer._backward = signalled\n"
+        "cli.main()\n"
+    )
+    stopped = subprocess.run(
+        [sys.executable, "-c", code, "train", "--recipe", str(recipe), "--run-dir", str(folder)],
+        env=runs.environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert stopped.returncode == 130, stopped.stderr
+    assert "stopped after step 3 of 6" in stopped.stdout
+    assert f"velora-pretrain train --resume --run-dir {folder}" in stopped.stdout
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000003"]
+    finished = runs.tool("train", "--resume", "--run-dir", str(folder))
+    assert finished.returncode == 0, finished.stderr
+    assert outcome(folder) == expected

@@ -1,0 +1,245 @@
+"""The loop in one process: what it learns, records, refuses and leaves behind."""
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load, load_file
+
+from velora_pretrain.display import Display
+from velora_pretrain.errors import UserError
+from velora_pretrain.recipe import build_run, read_recipe
+from velora_pretrain.records import RunFolder
+from velora_pretrain.trainer import Trainer, train
+
+
+class Silent(Display):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.warnings: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+
+def trained(run: Any, path: Path, *, resume: bool = False) -> dict[str, Any]:
+    return train(run, RunFolder(path), resume=resume, display=Silent())
+
+
+def records(path: Path, key: str) -> list[Any]:
+    return [record[key] for record in RunFolder(path).records() if key in record]
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    # Not from the file itself: loaded tensors would follow what a test does to it.
+    return load((RunFolder(path).checkpoints_newest_first()[0] / "model.safetensors").read_bytes())
+
+
+@pytest.mark.parametrize("packing", ["pad", "pack"])
+@pytest.mark.parametrize("mode", ["full", "velora"])
+def test_it_learns(tiny_run: Callable[..., Any], tmp_path: Path, mode: str, packing: str) -> None:
+    run = tiny_run(mode=mode, packing=packing, schedule__steps=40, batch__sequences=16, batch__micro_batch=16)
+    summary = trained(run, tmp_path)
+    losses = records(tmp_path, "loss_nats_per_token")
+    assert losses[0] == pytest.approx(4.85, abs=0.1)  # ln 128: it starts from knowing nothing
+    assert losses[-1] < 0.75 * losses[0]
+    assert summary["final_evaluation"]["perplexity"] < 60
+    assert summary["tokens"] == records(tmp_path, "tokens")[-1]
+
+
+def test_records_and_summary_have_the_contracts_fields(tiny_run: Callable[..., Any], tmp_path: Path) -> None:
+    summary = trained(tiny_run(evaluation__every_steps=4), tmp_path)
+    lines = list(RunFolder(tmp_path).records())
+    training = {"step", "tokens", "loss_nats_per_token", "learning_rate", "grad_norm"}
+    training |= {"tokens_per_second", "peak_memory_bytes"}
+    evaluation = {"step", "eval_loss_nats_per_token", "perplexity", "perplexity_paper", "bits_per_byte", "eval_tokens"}
+    assert [("eval" if "perplexity" in line else "train", line["step"]) for line in lines] == [
+        *[("train", step) for step in (1, 2, 3, 4)], ("eval", 4), ("train", 5), ("train", 6), ("eval", 6),
+    ]  # fmt: skip
+    assert all(training <= line.keys() for line in lines if "loss_nats_per_token" in line)
+    assert all(evaluation == line.keys() for line in lines if "perplexity" in line)
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    assert summary["config_sha256"] == RunFolder(tmp_path).read_run().sha256
+    rates = [line["learning_rate"] for line in lines if "learning_rate" in line]
+    assert max(rates) == rates[0]
+    assert rates[-1] == pytest.approx(0.001)
+
+
+@pytest.mark.parametrize("mode", ["full", "velora"])
+def test_the_numbers_do_not_depend_on_the_micro_batch(tiny_run: Callable[..., Any], tmp_path: Path, mode: str) -> None:
+    results = []
+    for micro_batch in (8, 4, 1):
+        run = tiny_run(mode=mode, batch__micro_batch=micro_batch, optimizer__clip_norm=1.0, modes__velora__layers="all")
+        trained(run, tmp_path / str(micro_batch))
+        results.append(records(tmp_path / str(micro_batch), "loss_nats_per_token"))
+    # fp32 sums in another order, carried through 6 optimizer steps.
+    assert results[1] == pytest.approx(results[0], rel=2e-5)
+    assert results[2] == pytest.approx(results[0], rel=2e-5)
+
+
+def test_same_seed_same_weights_and_another_seed_others(tiny_run: Callable[..., Any], tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        trained(tiny_run(seed=seed), tmp_path / name)
+    a, b, c = (weights(tmp_path / name) for name in "abc")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not torch.equal(a["lm_head.weight"], c["lm_head.weight"])
+
+
+def test_clipping_bounds_the_step(
+    tiny_run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    step = torch.nn.utils.clip_grads_with_norm_
+
+    def spy(parameters: list[torch.Tensor], max_norm: float, norm: torch.Tensor) -> None:
+        step(parameters, max_norm, norm)
+        seen.append(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).item())
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grads_with_norm_", spy)
+    trained(tiny_run(optimizer__clip_norm=0.5), tmp_path)
+    assert records(tmp_path, "grad_norm")[0] > 0.5
+    assert seen[0] == pytest.approx(0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16"])
+@pytest.mark.parametrize("mode", ["full", "velora"])
+def test_other_precisions_stay_near_fp32(
+    tiny_run: Callable[..., Any], tmp_path: Path, mode: str, precision: str
+) -> None:
+    for name in ("fp32", precision):
+        trained(tiny_run(mode=mode, precision=name), tmp_path / name)
+    exact, rounded = (records(tmp_path / name, "loss_nats_per_token") for name in ("fp32", precision))
+    assert rounded == pytest.approx(exact, rel=0.02)
+    expected = torch.bfloat16 if precision == "bf16" else torch.float32
+    assert weights(tmp_path / precision)["lm_head.weight"].dtype == expected
+
+
+def test_a_folder_with_a_run_is_not_overwritten(tiny_run: Callable[..., Any], tmp_path: Path) -> None:
+    trained(tiny_run(), tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=r"already holds a run; go on with it by --resume, or .* --run-dir"):
+        trained(tiny_run(), tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_finished_run_resumes_to_its_own_end(tiny_run: Callable[..., Any], tmp_path: Path) -> None:
+    first = trained(tiny_run(), tmp_path)
+    again = trained(tiny_run(), tmp_path, resume=True)
+    assert again["final_evaluation"] == first["final_evaluation"]
+    assert again["tokens"] == first["tokens"]
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"optimizer__lr": 0.5}, r"optimizer\.lr: 0\.5 was asked for, but the run in .* has 0\.01"),
+        ({"mode": "velora"}, "mode: 'velora'"),
+        ({"batch__micro_batch": 2}, r"batch\.micro_batch"),
+        ({"seed": 9}, "seed: 9"),
+    ],
+)
+def test_another_configuration_is_not_resumed(
+    tiny_run: Callable[..., Any], tmp_path: Path, change: dict[str, Any], key: str
+) -> None:
+    trained(tiny_run(), tmp_path)
+    with pytest.raises(UserError, match=key):
+        trained(tiny_run(**change), tmp_path, resume=True)
+
+
+def test_what_leaves_the_numbers_alone_may_change(tiny_run: Callable[..., Any], tmp_path: Path) -> None:
+    trained(tiny_run(), tmp_path)
+    trained(tiny_run(checkpoint__keep_last=5, reading__prefetch_batches=1), tmp_path, resume=True)
+    assert RunFolder(tmp_path).read_run().checkpoint.keep_last == 5
+
+
+def test_autos_are_decided_once_and_recorded(tiny_run: Callable[..., Any], tmp_path: Path) -> None:
+    trained(tiny_run(batch__micro_batch="auto"), tmp_path)
+    assert RunFolder(tmp_path).read_run().batch.micro_batch == 8
+    trained(tiny_run(batch__micro_batch="auto"), tmp_path, resume=True)
+
+
+def test_the_recorded_config_is_a_recipe(tiny_run: Callable[..., Any], tmp_path: Path) -> None:
+    run = tiny_run(mode="velora", modes__velora__num_groups={"v_proj": 4})
+    trained(run, tmp_path)
+    assert build_run(read_recipe(tmp_path / "config.toml"), where="config") == run
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tiny_run: Callable[..., Any], tmp_path: Path) -> None:
+    run = tiny_run(checkpoint__every_steps=2)
+    expected = trained(run, tmp_path)
+    final = weights(tmp_path)
+    newest = RunFolder(tmp_path).checkpoints_newest_first()[0] / "model.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    display = Silent()
+    again = train(run, RunFolder(tmp_path), resume=True, display=display)
+    assert "step-00000006 is damaged" in display.warnings[0]
+    assert "step-00000004" in display.notes[0]
+    assert again["final_evaluation"] == expected["final_evaluation"]
+    assert all(torch.equal(final[name], tensor) for name, tensor in weights(tmp_path).items())
+
+
+def test_nan_stops_the_run_names_the_tensor_and_keeps_the_checkpoint(
+    tiny_run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backward = Trainer._backward
+
+    def poisoned(self: Trainer, *args: Any) -> float:
+        if self.done_steps == 4:
+            with torch.no_grad():
+                self.model.model.layers[1].mlp.up_proj.weight[3, 3] = torch.nan
+        return backward(self, *args)
+
+    monkeypatch.setattr(Trainer, "_backward", poisoned)
+    message = r"step 5: the loss is nan; first tensor .*: model\.layers\.1\.mlp\.up_proj\.weight\..*step-00000004"
+    with pytest.raises(UserError, match=message):
+        trained(tiny_run(checkpoint__every_steps=2), tmp_path)
+    assert records(tmp_path, "step") == [1, 2, 3, 4]
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path).values())
+
+
+def test_an_infinite_gradient_is_named(
+    tiny_run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backward = Trainer._backward
+
+    def poisoned(self: Trainer, *args: Any) -> float:
+        nats = backward(self, *args)
+        self.model.model.norm.weight.grad[2] = torch.inf
+        return nats
+
+    monkeypatch.setattr(Trainer, "_backward", poisoned)
+    with pytest.raises(UserError, match=r"step 1: the loss is 4\..*: the gradient of model\.norm\.weight\."):
+        trained(tiny_run(), tmp_path)
+
+
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused_before_anything_is_written(
+    tiny_run: Callable[..., Any], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"model\.vocab_size"):
+        trained(tiny_run(model__vocab_size=64), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_directions_follow_refresh_and_stay_otherwise(tiny_run: Callable[..., Any], tmp_path: Path) -> None:
+    def directions(**changes: Any) -> list[torch.Tensor]:
+        path = tmp_path / str(len(list(tmp_path.iterdir())))
+        trained(tiny_run(mode="velora", checkpoint__every_steps=1, checkpoint__keep_last=9, **changes), path)
+        states = sorted(path.glob("checkpoints/*/training_state.safetensors"))
+        return [load_file(state)["model.model.layers.0.mlp.down_proj.direction.vector"] for state in states]
+
+    fixed = directions()
+    assert all(torch.equal(fixed[0], v) for v in fixed)
+    refreshed = directions(modes__velora__refresh_every=2)
+    changes = [not torch.equal(a, b) for a, b in itertools.pairwise(refreshed)]
+    assert changes == [False, True, False, True, False]
+    moving = directions(modes__velora__init="running_average")
+    assert not any(torch.equal(a, b) for a, b in itertools.pairwise(moving))
