@@ -47,7 +47,7 @@ def write_tokenizer(folder: Path, documents: Path) -> Path:
     return folder / "tiny.model"
 
 
-def values(data: Path, tokenizer: Path, **changes: Any) -> dict[str, Any]:
+def values(data: Path, tokenizer: Path, /, **changes: Any) -> dict[str, Any]:
     """The recipe of a small run, as nested tables; `changes` are dotted keys with `__` for the dots."""
     from velora_pretrain.recipe import set_dotted
 

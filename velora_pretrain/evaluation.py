@@ -206,7 +206,7 @@ def validation_source(run: Run | None, data: str | None = None) -> Source:
 def _find(path: Path, display: Display) -> tuple[Path, Run | None]:
     """The folder with the weights, and the run it belongs to, if any."""
     folder = RunFolder(path)
-    if folder.holds_run():
+    if folder.config.exists():
         found = newest_whole(folder, display.warn)
         if found is None:
             raise UserError(f"{path}: the run has no whole checkpoint yet")

@@ -88,8 +88,8 @@ class RunFolder:
         self.summary = path / "summary.json"
 
     def holds_run(self) -> bool:
-        """Whether a run was started here."""
-        return self.config.exists()
+        """Whether a run has done a step here; one that failed before its first step left nothing to lose."""
+        return self.config.exists() and (any(True for _ in self.records()) or bool(self.checkpoints_newest_first()))
 
     def checkpoint(self, step: int) -> Path:
         """Folder of the checkpoint after `step` optimizer steps."""

@@ -84,6 +84,7 @@ class Trainer:
         self.cursor: dict[str, Any] | None = state.get("cursor")
         self.seconds_before: float = state.get("seconds", 0.0)
         self.started = self.saved = time.monotonic()
+        self.saved_steps = self.done_steps
         self.last_evaluation: EvaluationRecord | None = None
 
     @property
@@ -131,7 +132,7 @@ class Trainer:
     def _step(self, loader: TrainLoader, signals: StopSignals) -> tuple[bool, bool]:
         """Takes one optimizer step; gives whether to stop after it, and whether a checkpoint is due by the clock."""
         run, began, waited = self.run, time.monotonic(), loader.wait_seconds
-        batch = next(loader)
+        batch = self._next_batch(loader)
         step = self.done_steps + 1
         multiplier = lr_multiplier(
             step,
@@ -175,6 +176,19 @@ class Trainer:
             self.folder.append(record)
         self.display.step(record)
         return stops > 0, due > 0
+
+    def _next_batch(self, loader: TrainLoader) -> Batch:
+        """The next batch; where reading fails for good, what was trained is saved first."""
+        try:
+            return next(loader)
+        except (UserError, ConnectionError) as error:
+            # Several processes may not all have failed, and saving waits for all of them.
+            if self.accelerator.num_processes > 1 or self.done_steps == self.saved_steps:
+                raise UserError(f"after step {self.done_steps}: {error}") from error
+            raise UserError(
+                f"after step {self.done_steps}: {error}; wrote {self._save()}; go on with: velora-pretrain train"
+                f" --resume --run-dir {self.folder.path}"
+            ) from error
 
     def _micro_batches(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
         """This process's rows of the batch, cut for the forward passes, on the device."""
@@ -274,7 +288,7 @@ class Trainer:
                 keep_last=self.run.checkpoint.keep_last,
             )
         self.accelerator.wait_for_everyone()
-        self.saved = time.monotonic()
+        self.saved, self.saved_steps = time.monotonic(), self.done_steps
         return str(path)
 
     def _summarise(self) -> dict[str, Any]:
