@@ -113,6 +113,7 @@ def prepare(name: str, work: Work, initial: Llama, warmup_steps: int) -> Contend
     before_bytes = 0
     if work.device == "cuda":
         _allocate_workspaces()
+        gc.collect()
         before_bytes = torch.cuda.memory_allocated()
     contender = build(name, work, initial, micro_batches)
     with torch.no_grad():

@@ -46,17 +46,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 index = targets.clamp(min=0)[:, None]
                 log_p = torch.log_softmax(h @ head.t(), dim=-1, dtype=accumulator)
                 nats -= (log_p.gather(1, index) * is_target).sum()
-                if d_hidden is None and d_weight is None:
-                    continue
-                p = log_p.exp_()
-                p.scatter_add_(1, index, torch.full_like(index, -1, dtype=p.dtype))
-                p = p.mul_(is_target).to(h.dtype)
-                if d_hidden is not None:
-                    torch.mm(p, head, out=d_hidden[rows])
-                if d_weight is not None and p.dtype == accumulator:
-                    d_weight.addmm_(p.t(), h)
-                elif d_weight is not None:
-                    d_weight += p.t() @ h
+                if d_hidden is not None or d_weight is not None:
+                    p = log_p.exp_()
+                    p.scatter_add_(1, index, torch.full_like(index, -1, dtype=p.dtype))
+                    p = p.mul_(is_target).to(h.dtype)
+                    if d_hidden is not None:
+                        torch.mm(p, head, out=d_hidden[rows])
+                    if d_weight is not None and p.dtype == accumulator:
+                        d_weight.addmm_(p.t(), h)
+                    elif d_weight is not None:
+                        d_weight += p.t() @ h
+                    del p
+                # Else it would still be there beside the next chunk's.
+                del log_p
         ctx.save_for_backward(d_hidden, None if d_weight is None else d_weight.to(weight.dtype))
         return nats
 

@@ -1,0 +1,186 @@
+"""The measuring tools at toy size, and the fairness of what they hold the tool against."""
+
+import copy
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+ROOT = Path(__file__).parents[1]
+TINY = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+SETTINGS = [f"--set=model.{key}={value}" for key, value in TINY.items()]
+TINY_STEP = [*SETTINGS, "--micro-batch=2", "--sequence-length=16", "--rounds=3", "--threads=1"]
+
+
+@pytest.fixture(autouse=True)
+def tools_importable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def figures(tool: str, path: Path, *arguments: str) -> dict[str, Any]:
+    """What a tool's `main` writes as JSON."""
+    module = __import__(tool)
+    module.main([*arguments, "--json", str(path)])
+    return json.loads(path.read_text())
+
+
+def test_bench_step_times_every_contender(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from contenders import CONTENDERS
+
+    arguments = [*TINY_STEP, "--contenders", *CONTENDERS, "--baseline=full", "--accumulation=2", "--grad-norm"]
+    content = figures("bench_step", tmp_path / "step.json", *arguments)
+    rows = {row["contender"]: row for row in content["rows"]}
+    assert set(rows) == set(CONTENDERS)
+    assert content["environment"]["threads"] == 1
+    assert content["settings"]["accumulation"] == 2
+    for row in rows.values():
+        parts = [row[f"{part}_seconds"]["median"] for part in ("forward", "backward", "optimizer")]
+        assert all(seconds > 0 for seconds in parts)
+        wall = row["wall_seconds"]
+        assert wall["lower_quartile"] <= wall["median"] <= wall["upper_quartile"]
+        assert len(row["tokens_per_second_samples"]) == 3
+        assert row["peak_bytes"] > 0
+        assert row["cpu_speed_ratio"]["median"] > 0
+        # All start from the same function and see the same tokens.
+        assert row["first_loss_nats_per_token"] == pytest.approx(rows["full"]["first_loss_nats_per_token"], abs=1e-5)
+    assert rows["full"]["wall_speed_ratio"]["median"] == 1.0
+    assert rows["velora-all"]["matmul_limit_ratio"] > rows["velora"]["matmul_limit_ratio"] > 1.0
+    assert rows["straightforward-velora"]["matmul_limit_ratio"] < 1.0
+    shown = capsys.readouterr().out
+    assert "interleaved" in shown
+    assert "velora-all" in shown
+
+
+@pytest.mark.parametrize("dtype", ["bf16-mixed", "bf16"])
+def test_bench_step_in_blocks_and_low_precision(tmp_path: Path, dtype: str) -> None:
+    arguments = [*TINY_STEP, "--one-at-a-time", "--blocks=2", f"--dtype={dtype}"]
+    content = figures(
+        "bench_step", tmp_path / "step.json", *arguments, "--contenders", "full", "straightforward-velora"
+    )
+    assert [len(row["tokens_per_second_samples"]) for row in content["rows"]] == [3, 3]
+
+
+def test_a_baseline_that_does_not_run_is_refused() -> None:
+    import bench_step
+
+    with pytest.raises(SystemExit):
+        bench_step.main([*TINY_STEP, "--contenders", "full", "--baseline", "velora"])
+
+
+def test_matmul_operations_by_hand() -> None:
+    from contenders import Work, matmul_operations
+
+    work = Work(size="60m", micro_batch_sequences=2, sequence_length=100, accumulation=3)
+    tokens, d, i, layers = 600, 512, 1376, 8
+    linears = layers * (4 * d * d + 3 * d * i) + 32_000 * d
+    attention = 7 * tokens * 100 * d * layers
+    assert matmul_operations("full", work) == 6 * tokens * linears + attention
+    # The published sub-tokens: 64 of width 8, and 86 of width 16; o_proj has its own direction, q, k and v share one.
+    kept = layers * (4 * d * d // 8 + 2 * d // 8 * i + i // 16 * d) + 32_000 * d
+    compressing = layers * (3 * d + i)
+    assert matmul_operations("velora-all", work) == 2 * tokens * (2 * linears + kept + compressing) + attention
+
+
+def test_the_straightforward_velora_computes_our_gradients() -> None:
+    from contenders import compress_straightforwardly
+
+    from velora_pretrain.config import PROJECTIONS, LlamaConfig
+    from velora_pretrain.nn.llama import Llama
+    from velora_pretrain.nn.velora import VeLoRALinear, compress_linears, expand
+
+    ours = Llama(LlamaConfig(**TINY), seed=0).double()
+    plain = copy.deepcopy(ours)
+    num_groups = {name: 6 if name == "down_proj" else 8 for name in PROJECTIONS}
+    compress_linears(ours, layers=PROJECTIONS, num_groups=num_groups)
+    compress_straightforwardly(plain, num_groups)
+    assert not any(isinstance(m, nn.Linear) for m in plain.model.modules())
+    tokens = torch.randint(TINY["vocab_size"], (3, 12), generator=torch.Generator().manual_seed(0))
+    losses = [model(tokens, tokens) for model in (ours, plain)]
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-12, atol=0)
+    for loss in losses:
+        loss.backward()
+    theirs = {name: parameter.grad for name, parameter in plain.named_parameters()}
+    compressed = {name: module for name, module in ours.named_modules() if isinstance(module, VeLoRALinear)}
+    assert len(compressed) == 14
+    for name, layer in compressed.items():
+        assert layer.coefficients.grad is not None
+        gradient = expand(layer.coefficients.grad, layer.direction.vector)
+        torch.testing.assert_close(gradient, theirs[f"{name}.weight"], rtol=1e-10, atol=1e-13)
+    plain_names = [name for name, parameter in ours.named_parameters() if parameter.requires_grad]
+    for name in (name for name in plain_names if not name.endswith("coefficients")):
+        torch.testing.assert_close(ours.get_parameter(name).grad, theirs[name], rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16-mixed", "bf16"])
+def test_bench_loss(tmp_path: Path, dtype: str) -> None:
+    arguments = ["--tokens=96", "--hidden=16", "--vocab=512", f"--dtype={dtype}", "--rounds=2", "--threads=1"]
+    content = figures("bench_loss", tmp_path / "loss.json", *arguments, "--chunk-rows", "32", "96")
+    rows = {row["loss"]: row for row in content["rows"]}
+    assert {"naive", "ours-auto", "ours-32", "ours-96"} <= set(rows)
+    assert ("torch" in rows) == hasattr(nn.functional, "linear_cross_entropy")
+    logits_bytes = 4 * 96 * 512
+    assert rows["naive"]["largest_tensor_bytes"] == logits_bytes
+    assert rows["ours-32"]["largest_tensor_bytes"] == logits_bytes // 3
+    assert rows["ours-32"]["peak_bytes"] < rows["naive"]["peak_bytes"]
+    for name in ("ours-auto", "ours-32", "ours-96"):
+        assert rows[name]["loss_dtype"] == "float32"
+        # fp32 sums in another order; of bf16 logits, each rounded to 8 bits, the errors mostly cancel in the sum.
+        assert rows[name]["relative_error"] < (1e-6 if dtype == "fp32" else 1e-4)
+        assert rows[name]["speed_ratio"]["median"] > 0
+
+
+def test_check_gpu_tries_itself_on_a_cpu(tmp_path: Path) -> None:
+    # A process of its own: what it imports must be what a machine with torch and few other packages has.
+    path = tmp_path / "gpu.json"
+    program = (
+        "import sys; sys.path.insert(0, 'tools'); import check_gpu\n"
+        f"status = check_gpu.main(['--device=cpu', '--quick', '--threads=1', '--output', {str(path)!r}])\n"
+        "absent = ('datasets', 'pyarrow', 'typer', 'sentencepiece', 'tomli_w')\n"
+        "assert not [name for name in absent if name in sys.modules]\n"
+        "sys.exit(status)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    content = json.loads(path.read_text())
+    assert content["ok"]
+    assert content["left_out"] == []
+    assert {row["mode"] for row in content["memory"]} == {"full", "velora", "velora-all"}
+    # On a CPU the prediction and the measurement are one tracker on fake and on real tensors.
+    assert [row["measured_over_predicted"] for row in content["memory"]] == pytest.approx([1.0] * 3, rel=1e-3)
+    assert {row["contender"] for row in content["speed"]} == {"transformers", "full", "velora-all"}
+    assert len(content["checks"]) >= 16
+
+
+def test_check_gpu_fails_loudly() -> None:
+    import check_gpu
+
+    report = check_gpu.Report()
+    checks = check_gpu.Checks(device="cpu", trajectory_steps=1, rows=report.checks)
+    checks.hold("fine", "", 1.0, 1.0)
+    assert report.is_ok
+    checks.hold("not a number", "", float("nan"), 1.0)
+    assert not report.is_ok
