@@ -130,21 +130,26 @@ def test_killed_at_random_moments(tiny_recipe: Callable[..., Path], tmp_path: Pa
         assert outcome(folder) == expected
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("place", "number"),
+    [("Trainer._backward", signal.SIGINT), ("Trainer._backward", signal.SIGTERM), ("evaluate", signal.SIGINT)],
+)
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
-    tiny_recipe: Callable[..., Path], tmp_path: Path, number: signal.Signals
+    tiny_recipe: Callable[..., Path], tmp_path: Path, place: str, number: signal.Signals
 ) -> None:
-    recipe = recipe_of(tiny_recipe, "velora", checkpoint__every_steps=0, evaluation__every_steps=0)
+    """In a step, which is finished; in an evaluation, which is left and done again by the resumed run."""
+    recipe = recipe_of(tiny_recipe, "velora", checkpoint__every_steps=0)
     expected = straight(recipe, tmp_path / "straight")
     folder = tmp_path / "stopped"
     code = (
         "import os, sys\n"
         "from velora_pretrain import cli, trainer\n"
-        "step = trainer.Trainer._backward\n"
-        "def signalled(self, *args):\n"
-        f"    if self.done_steps == 2: os.kill(os.getpid(), {int(number)})\n"
-        "    return step(self, *args)\n"
-        "trainer.Trainer._backward = signalled\n"
+        f"original, calls = trainer.{place}, []\n"
+        "def signalled(*args, **kwargs):\n"
+        "    calls.append(1)\n"
+        f"    if len(calls) == {3 if place == 'Trainer._backward' else 1}: os.kill(os.getpid(), {int(number)})\n"
+        "    return original(*args, **kwargs)\n"
+        f"trainer.{place} = signalled\n"
         "cli.main()\n"
     )
     stopped = subprocess.run(

@@ -190,6 +190,9 @@ def compare_memory(
         "precision": precision,
         "memory.recompute": recompute,
     }
+    if micro_batch and micro_batch.isdigit() and int(micro_batch):
+        # About the published batch, in whole micro-batches of any number.
+        options["batch.sequences"] = int(micro_batch) * max(1, 512 // int(micro_batch))
     runs = compared_runs(modes, options, settings or [])
 
     from velora_pretrain.compare import memory_rows

@@ -12,7 +12,7 @@ from velora_pretrain.memory import MemoryUse, peak_of_step
 from velora_pretrain.modes import build_mode
 from velora_pretrain.nn.llama import Llama
 
-MICRO_BATCH_TOKENS = {"cpu": 8_192, "mps": 16_384, "cuda": 65_536}
+MICRO_BATCH_TOKENS = {"cpu": 4_096, "mps": 16_384, "cuda": 65_536}
 """Tokens per forward pass beyond which a larger micro-batch makes no step faster."""
 USABLE_SHARE = 0.85
 """Share of the free memory that a prediction may fill: the rest is for what allocators round up and kernels borrow."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,6 @@ from accelerate import Accelerator
 from velora_pretrain import checkpoint
 from velora_pretrain.config import Run
 from velora_pretrain.data.c4 import Source, resolve
-from velora_pretrain.data.sample import sample_sha256
 from velora_pretrain.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from velora_pretrain.display import Display
 from velora_pretrain.errors import UserError
@@ -135,25 +132,3 @@ def _with_micro_batch(run: Run, accelerator: Accelerator) -> Run:
     )
     smallest = min(accelerator.gather_for_metrics([mine], use_gather_object=True)) if processes > 1 else mine
     return run.model_copy(update={"batch": run.batch.model_copy(update={"micro_batch": smallest})})
-
-
-def provenance(prepared: Prepared) -> dict[str, Any]:
-    """What a result depends on beside its configuration: hashes of configuration, tokenizer and sample, versions."""
-    packages = ("velora-pretrain", "torch", "sentencepiece", "datasets", "accelerate", "safetensors")
-    versions = {name: _version(name) for name in packages}
-    return {
-        "config_sha256": prepared.run.sha256,
-        "tokenizer": prepared.tokenizer.name,
-        "tokenizer_sha256": prepared.tokenizer.sha256,
-        "data": prepared.source.name,
-        "data_sha256": sample_sha256(Path(prepared.source.shards[0])) if prepared.source.name == "sample" else None,
-        "versions": {"python": platform.python_version(), **versions},
-        "platform": platform.platform(),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -21,15 +20,11 @@ class Interrupted(Exception):
 
 
 class StopSignals:
-    """While it is entered, a first Ctrl-C or SIGTERM only asks to stop; a second ends the program at once.
+    """While it is entered, a first Ctrl-C or SIGTERM only asks to stop; a second ends the program at once."""
 
-    Args:
-        announce: told once, in a line for the user, that the run is about to stop.
-    """
-
-    def __init__(self, announce: Callable[[str], None]) -> None:
+    def __init__(self) -> None:
         self.is_set = False
-        self._announce = announce
+        """Whether a signal came. Nothing is printed from the handler, which may interrupt a print."""
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -50,4 +45,3 @@ class StopSignals:
         self.is_set = True
         # From here on the signals do what they did before, so that a second one ends the program.
         self._restore()
-        self._announce("finishing this step, then writing a checkpoint; once more to stop at once")

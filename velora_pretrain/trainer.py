@@ -11,10 +11,8 @@ all that its step asked for, and its records are those of the uninterrupted run.
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from contextlib import closing, nullcontext
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -31,10 +29,10 @@ from velora_pretrain.evaluation import EVALUATION_MICRO_BATCH, EVALUATION_SEQUEN
 from velora_pretrain.modes import build_mode
 from velora_pretrain.nn.llama import Llama
 from velora_pretrain.optim.schedule import lr_multiplier
-from velora_pretrain.prediction import predict_memory
-from velora_pretrain.records import EvaluationRecord, RunFolder, TrainingRecord
-from velora_pretrain.setup import prepare, provenance
+from velora_pretrain.records import RunFolder, TrainingRecord
+from velora_pretrain.setup import prepare
 from velora_pretrain.signals import Interrupted, StopSignals
+from velora_pretrain.summary import summarise
 
 __all__ = ["Interrupted", "Trainer", "train"]
 
@@ -56,6 +54,10 @@ def train(run: Run, folder: RunFolder, *, resume: bool, display: Display) -> dic
         Interrupted: a signal ended the run; a checkpoint was written.
     """
     return Trainer(run, folder, resume=resume, display=display).train()
+
+
+class _EvaluationCut(Exception):
+    """A signal came during an evaluation, which can be done again."""
 
 
 class Trainer:
@@ -85,7 +87,8 @@ class Trainer:
         self.seconds_before: float = state.get("seconds", 0.0)
         self.started = self.saved = time.monotonic()
         self.saved_steps = self.done_steps
-        self.last_evaluation: EvaluationRecord | None = None
+        self.signals, self.is_stop_told = StopSignals(), False
+        self.evaluated_steps = {record["step"] for record in folder.records() if "perplexity" in record}
 
     @property
     def seconds(self) -> float:
@@ -110,26 +113,35 @@ class Trainer:
             prefetch_batches=run.reading.prefetch_batches,
             cursor=self.cursor,
         )
-        with closing(loader), StopSignals(self.display.note) as signals:
+        with closing(loader), self.signals:
+            # A run that was stopped during an evaluation does it first.
+            self._evaluate_if_due()
             while self.done_steps < run.steps:
-                is_stopped, is_due = self._step(loader, signals)
-                if _is_multiple(self.done_steps, run.evaluation.every_steps) and self.done_steps < run.steps:
-                    self._evaluate()
-                if is_stopped and self.done_steps < run.steps:
-                    path = self._save()
+                is_stopped, is_due = self._step(loader)
+                is_stopped = not self._evaluate_if_due() or is_stopped
+                is_last = self.done_steps == run.steps
+                is_due = is_due or is_last or _is_multiple(self.done_steps, run.checkpoint.every_steps)
+                path = self._save() if is_due or is_stopped else None
+                if is_stopped and not (is_last and self.is_evaluated):
                     raise Interrupted(
                         f"stopped after step {self.done_steps} of {run.steps}; wrote {path}; go on with:"
                         f" velora-pretrain train --resume --run-dir {self.folder.path}"
                     )
-                is_last = self.done_steps == run.steps
-                if is_last:
-                    self._evaluate()
-                if is_last or is_due or _is_multiple(self.done_steps, run.checkpoint.every_steps):
-                    self._save()
         self.display.finish()
-        return self._summarise()
+        summary = summarise(
+            self.prepared,
+            self.folder,
+            steps=self.done_steps,
+            tokens=self.tokens,
+            seconds=self.seconds,
+            device=str(self.device),
+            processes=self.accelerator.num_processes,
+        )
+        if self.accelerator.is_main_process:
+            self.folder.write_summary(summary)
+        return summary
 
-    def _step(self, loader: TrainLoader, signals: StopSignals) -> tuple[bool, bool]:
+    def _step(self, loader: TrainLoader) -> tuple[bool, bool]:
         """Takes one optimizer step; gives whether to stop after it, and whether a checkpoint is due by the clock."""
         run, began, waited = self.run, time.monotonic(), loader.wait_seconds
         batch = self._next_batch(loader)
@@ -150,7 +162,7 @@ class Trainer:
         # One message between processes: the loss, whether anyone was told to stop, whether the first one's clock is up.
         minutes = run.checkpoint.every_minutes
         is_due = self.accelerator.is_main_process and 0 < minutes <= (time.monotonic() - self.saved) / 60
-        message = torch.tensor([nats, signals.is_set, is_due], dtype=torch.float64)
+        message = torch.tensor([nats, self.signals.is_set, is_due], dtype=torch.float64)
         nats, stops, due = all_reduce(self.accelerator, message).tolist()
         loss = nats / max(1, batch.num_target_tokens)
         grad_norm = self._clip()
@@ -218,6 +230,9 @@ class Trainer:
                 nats += loss.detach()
                 (loss * factor).backward()
             self.display.micro_batch(place, len(micro_batches))
+            if self.signals.is_set and not self.is_stop_told:
+                self.display.note("finishing this step, then writing a checkpoint; once more to stop at once")
+                self.is_stop_told = True
         return nats.item()
 
     def _clip(self) -> float:
@@ -242,6 +257,28 @@ class Trainer:
             " Lower optimizer.lr, or set optimizer.clip_norm, in a new run"
         )
 
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether the last step done has its evaluation."""
+        return self.done_steps in self.evaluated_steps
+
+    def _evaluate_if_due(self) -> bool:
+        """Evaluates after the steps that ask for it, once; False if a signal cut the evaluation short."""
+        is_last = self.done_steps == self.run.steps
+        is_due = is_last or (self.done_steps > 0 and _is_multiple(self.done_steps, self.run.evaluation.every_steps))
+        try:
+            if is_due and not self.is_evaluated:
+                self._evaluate()
+        except _EvaluationCut:
+            return False
+        return True
+
+    def _evaluation_progress(self, tokens: int) -> None:
+        self.display.evaluating(tokens, self.run.evaluation.tokens)
+        # Several processes would have to agree on stopping here; they stop after the evaluation.
+        if self.signals.is_set and self.accelerator.num_processes == 1:
+            raise _EvaluationCut
+
     def _evaluate(self) -> None:
         run = self.run
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
@@ -263,12 +300,13 @@ class Trainer:
             device=self.device,
             micro_batch=EVALUATION_MICRO_BATCH,
             all_reduce=lambda tensor: all_reduce(self.accelerator, tensor),
-            progress=lambda tokens: self.display.evaluating(tokens, run.evaluation.tokens),
+            progress=self._evaluation_progress,
         )
-        self.last_evaluation = score.record(self.done_steps)
+        record = score.record(self.done_steps)
         if self.accelerator.is_main_process:
-            self.folder.append(self.last_evaluation)
-        self.display.evaluation(self.last_evaluation)
+            self.folder.append(record)
+        self.evaluated_steps.add(record.step)
+        self.display.evaluation(record)
 
     def _save(self) -> str:
         """Writes a checkpoint; gives its path."""
@@ -290,35 +328,6 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         self.saved, self.saved_steps = time.monotonic(), self.done_steps
         return str(path)
-
-    def _summarise(self) -> dict[str, Any]:
-        """The final figures; written to summary.json."""
-        run, records = self.run, list(self.folder.records())
-        evaluations = [record for record in records if "perplexity" in record]
-        training = [record for record in records if "tokens_per_second" in record]
-        assert run.batch.micro_batch != "auto"
-        local_sequences = run.batch.sequences // self.accelerator.num_processes
-        predicted = predict_memory(run, run.batch.micro_batch, accumulates=run.batch.micro_batch < local_sequences)
-        summary = {
-            "run_dir": str(self.folder.path),
-            "size": run.size,
-            "mode": run.mode,
-            "steps": self.done_steps,
-            "tokens": self.tokens,
-            "seconds": self.seconds,
-            "first_loss_nats_per_token": training[0]["loss_nats_per_token"],
-            "last_loss_nats_per_token": training[-1]["loss_nats_per_token"],
-            "final_evaluation": evaluations[-1],
-            "tokens_per_second": statistics.median(record["tokens_per_second"] for record in training),
-            "peak_memory_bytes": max(record["peak_memory_bytes"] for record in training),
-            "predicted_memory": asdict(predicted),
-            "device": str(self.device),
-            "processes": self.accelerator.num_processes,
-            **provenance(self.prepared),
-        }
-        if self.accelerator.is_main_process:
-            self.folder.write_summary(summary)
-        return summary
 
 
 def _is_multiple(step: int, every_steps: int) -> bool:

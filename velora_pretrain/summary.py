@@ -1,0 +1,75 @@
+"""What a finished run came to, and what that result depends on."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import statistics
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from velora_pretrain.data.sample import sample_sha256
+from velora_pretrain.prediction import predict_memory
+from velora_pretrain.records import RunFolder
+from velora_pretrain.setup import Prepared
+
+
+def summarise(
+    prepared: Prepared, folder: RunFolder, *, steps: int, tokens: int, seconds: float, device: str, processes: int
+) -> dict[str, Any]:
+    """The content of summary.json.
+
+    Args:
+        prepared: what the run started from.
+        folder: its records.
+        steps: optimizer steps done.
+        tokens: tokens read.
+        seconds: wall time.
+        device: where it ran.
+        processes: how many took part.
+    """
+    run, records = prepared.run, list(folder.records())
+    training = [record for record in records if "loss_nats_per_token" in record]
+    micro_batch = run.batch.micro_batch
+    assert micro_batch != "auto"
+    predicted = predict_memory(run, micro_batch, accumulates=micro_batch < run.batch.sequences // processes)
+    return {
+        "run_dir": str(folder.path),
+        "size": run.size,
+        "mode": run.mode,
+        "steps": steps,
+        "tokens": tokens,
+        "seconds": seconds,
+        "first_loss_nats_per_token": training[0]["loss_nats_per_token"],
+        "last_loss_nats_per_token": training[-1]["loss_nats_per_token"],
+        "final_evaluation": next(record for record in reversed(records) if "perplexity" in record),
+        "tokens_per_second": statistics.median(record["tokens_per_second"] for record in training),
+        "peak_memory_bytes": max(record["peak_memory_bytes"] for record in training),
+        "predicted_memory": asdict(predicted),
+        "device": device,
+        "processes": processes,
+        **provenance(prepared),
+    }
+
+
+def provenance(prepared: Prepared) -> dict[str, Any]:
+    """What a result depends on beside its configuration: hashes of configuration, tokenizer and sample, versions."""
+    packages = ("velora-pretrain", "torch", "sentencepiece", "datasets", "accelerate", "safetensors")
+    versions = {name: _version(name) for name in packages}
+    return {
+        "config_sha256": prepared.run.sha256,
+        "tokenizer": prepared.tokenizer.name,
+        "tokenizer_sha256": prepared.tokenizer.sha256,
+        "data": prepared.source.name,
+        "data_sha256": sample_sha256(Path(prepared.source.shards[0])) if prepared.source.name == "sample" else None,
+        "versions": {"python": platform.python_version(), **versions},
+        "platform": platform.platform(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
