@@ -182,7 +182,10 @@ class LiveDisplay(Display):
     def micro_batch(self, done: int, total: int) -> None:
         """Moves the bar by a part of a step."""
         if self._run is not None:
-            self._bars.update(self._run, completed=self._done_steps + done / total)
+            part = f", micro-batch {done}/{total}" if 1 < total != done else ""
+            steps = int(self._bars.tasks[0].total or 0)
+            count = f"{self._done_steps}/{steps} steps{part}"
+            self._bars.update(self._run, completed=self._done_steps + done / total, count=count)
 
     def step(self, record: TrainingRecord) -> None:
         """Moves the bar and shows the step's figures."""
