@@ -1,6 +1,7 @@
 """The command line: how commands end, what they print where, and that mistakes are answered without torch."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -13,7 +14,8 @@ import pytest
 from velora_pretrain import __version__, cli
 from velora_pretrain.config import MODES, Run
 from velora_pretrain.errors import UserError
-from velora_pretrain.records import RunFolder
+from velora_pretrain.recipe import resolve
+from velora_pretrain.records import EvaluationRecord, RunFolder, TrainingRecord
 
 EVALUATION = {
     "step": 2,
@@ -126,6 +128,10 @@ def mistake(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("train --size 60m --precision fp8", ["precision: ", "'fp8'"]),
         ("train --size 60m --steps ten", ["--steps"]),
         ("train --size 60m --lr fast", ["--lr"]),
+        ("train --size 60m --seed 99999999999999999999", ["seed: ", "less than"]),
+        ("train --size 60m --lr nan", ["optimizer.lr: ", "finite"]),
+        ("eval checkpoint --tokens 0", ["--tokens", "0"]),
+        ("eval checkpoint --tokens -5", ["--tokens", "-5"]),
         ("train --szie 60m", ["--szie", "--size"]),
         ("train --size", ["--size"]),
         ("train --recipe qickstart", ["--recipe qickstart", "did you mean 'quickstart'"]),
@@ -159,6 +165,7 @@ def test_a_mistake_is_one_line_and_status_2(
         "eval checkpoint --help",
         "compare memory --help",
         "train --size 61m",
+        "train --size 60m --mode velora --set modes.velora.num_groups.v_proj=5",
         "train --recipe none",
         "train --size 60m --set optimizer.lrr=1",
         "compare memory --modes velra",
@@ -283,6 +290,51 @@ def test_our_own_faults_keep_their_traceback(calls: Calls):
         cli.main(["train", "--size", "9m"])
 
 
+def test_a_network_that_stays_away_is_one_line_but_no_mistake(calls: Calls, capsys: pytest.CaptureFixture[str]):
+    for error, line in [
+        (ConnectionError("https://host/a.json.gz:\nno answer"), "https://host/a.json.gz: no answer"),
+        (ConnectionResetError(), "ConnectionResetError"),
+    ]:
+        calls.error = error
+        assert status("train", "--size", "9m") == 1
+        assert capsys.readouterr().err == f"error: {line}\n"
+
+
+def test_a_micro_batch_is_a_number_or_a_word(calls: Calls):
+    for given, micro_batch in [("8", 8), ("auto", "auto")]:
+        assert status("train", "--size", "9m", "--micro-batch", given) == 0
+        assert calls.trained[-1]["run"].batch.micro_batch == micro_batch
+
+
+def test_a_smaller_batch_of_a_recipe_needs_no_micro_batch(calls: Calls):
+    assert status("train", "--recipe", "quickstart", "--batch-size", "8") == 0
+    assert calls.trained[-1]["run"].batch.micro_batch == "auto"
+
+
+def test_a_resumed_run_keeps_its_micro_batch(calls: Calls):
+    RunFolder(Path("runs/a")).write_run(resolve("quickstart", {"batch.micro_batch": 4}, []))
+    assert status("train", "--resume", "--batch-size", "16") == 0
+    assert calls.trained[-1]["run"].batch.micro_batch == 4
+    assert status("train", "--resume", "--recipe", "quickstart", "--batch-size", "16") == 0
+    assert calls.trained[-1]["run"].batch.micro_batch == "auto"
+
+
+def test_the_help_says_what_a_resumed_run_keeps(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "250")
+    assert status("train", "--help") == 0
+    assert "steps and learning rate stay as recorded" in capsys.readouterr().out
+
+
+def test_a_diverged_run_prints_its_results(
+    calls: Calls, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """With the null that stands in its records for what is no finite number."""
+    for key in ("eval_loss_nats_per_token", "perplexity", "perplexity_paper", "bits_per_byte"):
+        monkeypatch.setitem(EVALUATION, key, None)
+    assert status("train", "--size", "9m") == 0
+    assert "not finite" in capsys.readouterr().out
+
+
 def test_training_prints_its_results(calls: Calls, capsys: pytest.CaptureFixture[str]):
     assert status("train", "--size", "9m") == 0
     out = capsys.readouterr().out
@@ -304,6 +356,48 @@ def test_evaluation_prints_a_table_or_json(calls: Calls, capsys: pytest.CaptureF
     assert status("eval", "checkpoint", "runs/a", "--json", "out.json") == 0
     assert json.loads(Path("out.json").read_text())["tokenizer_sha256"] == "ab"
     assert "148.41" in capsys.readouterr().out
+
+
+def strictly(text: str) -> Any:
+    """JSON without the NaN and Infinity that Python's reader takes."""
+    return json.loads(text, parse_constant=pytest.fail)
+
+
+def test_records_have_null_where_json_has_no_number(tmp_path: Path):
+    folder = RunFolder(tmp_path)
+    folder.write_run(Run(size="9m"))
+    folder.metrics.write_text('{"step": 1, "grad_norm": NaN}\n')  # as older versions wrote them
+    evaluation = {**EVALUATION, "perplexity": math.inf, "bits_per_byte": math.nan}
+    folder.append(EvaluationRecord(**evaluation))
+    numbers = dict.fromkeys(["loss_nats_per_token", "learning_rate", "grad_norm", "tokens_per_second"], -math.inf)
+    folder.append(TrainingRecord(step=3, tokens=1, peak_memory_bytes=1, data_wait_seconds=0.5, **numbers))
+    lines = folder.metrics.read_text().splitlines()
+    assert strictly(lines[1]) == EVALUATION | {"perplexity": None, "bits_per_byte": None}
+    assert strictly(lines[2])["grad_norm"] is None
+    folder.forget_after(2)
+    assert [strictly(line)["step"] for line in folder.metrics.read_text().splitlines()] == [1, 2]
+    assert [record["step"] for record in folder.records()] == [1, 2]
+    folder.write_summary({"final_evaluation": evaluation, "steps": 2})
+    assert strictly(folder.summary.read_text())["final_evaluation"]["perplexity"] is None
+
+
+@pytest.mark.parametrize(
+    ("content", "is_foreign"),
+    [
+        (None, False),
+        ('size = "9m"\n', False),
+        ('[tool]\nname = "someone else\'s"\n', True),
+        ('size = "9m"\ncolour = "red"\n', True),
+        ("not TOML at all", True),
+        ("", True),
+    ],
+)
+def test_a_configuration_that_is_no_run_is_told_apart(tmp_path: Path, content: str | None, is_foreign: bool):
+    folder = RunFolder(tmp_path)
+    if content is not None:
+        folder.config.write_text(content)
+    assert folder.holds_foreign_config() is is_foreign
+    assert not folder.holds_run()
 
 
 def test_json_has_null_where_it_has_no_number(calls: Calls, monkeypatch: pytest.MonkeyPatch):

@@ -1,5 +1,7 @@
 """The configuration: published sizes, derived values, and every combination that is refused with its dotted key."""
 
+import math
+
 import pytest
 from pydantic import ValidationError
 
@@ -28,9 +30,11 @@ def test_every_size_of_the_command_line_exists():
         ({"size": "9m", "optimizer": {"betas": [0.9, 1.0]}}, "optimizer.betas"),
         ({"size": "9m", "modes": {"velora": {"layers": []}}}, "modes.velora.layers"),
         (
-            {"size": "9m", "modes": {"velora": {"layers": ["q_proj"], "num_groups": {"v_proj": 8}}}},
+            {"size": "9m", "mode": "velora", "modes": {"velora": {"num_groups": {"v_proj": 5}}}},
             "modes.velora.num_groups.v_proj",
         ),
+        ({"size": "9m", "modes": {"velora": {"layers": "v_proj"}}}, "modes.velora.layers"),
+        ({"size": "9m", "modes": {"velora": {"layers": ["v_prj"]}}}, "modes.velora.layers"),
         (
             {"size": "9m", "modes": {"velora": {"init": "running_average", "refresh_every": 5}}},
             "modes.velora.refresh_every",
@@ -42,6 +46,60 @@ def test_every_size_of_the_command_line_exists():
 def test_impossible_combinations_name_their_key(values: dict, key: str):
     with pytest.raises(ValidationError, match=rf"{key}: "):
         Run.model_validate(values)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"seed": True},
+        {"seed": 2**63},
+        {"seed": "1"},
+        {"batch": {"sequences": "512"}},
+        {"batch": {"micro_batch": "8"}},
+        {"batch": {"micro_batch": True}},
+        {"optimizer": {"lr": "0.1"}},
+        {"optimizer": {"lr": math.inf}},
+        {"optimizer": {"eps": math.nan}},
+        {"optimizer": {"weight_decay": math.inf}},
+        {"optimizer": {"betas": [0.9, math.nan]}},
+        {"optimizer": {"betas": [0.9, "0.99"]}},
+        {"checkpoint": {"every_minutes": math.inf}},
+        {"modes": {"velora": {"scale": math.inf}}},
+        {"modes": {"velora": {"num_groups": {"v_proj": True}}}},
+        {"model": {"rope_theta": math.nan}},
+    ],
+)
+def test_numbers_are_numbers_and_finite(values: dict):
+    with pytest.raises(ValidationError):
+        Run.model_validate({"size": "9m"} | values)
+
+
+def test_whole_numbers_pass_for_real_ones_and_lists_for_tuples():
+    optimizer = {"lr": 1, "betas": [0, 0.5]}
+    run = Run.model_validate({"size": "9m", "seed": 2**63 - 1, "optimizer": optimizer})
+    assert (run.optimizer.lr, run.optimizer.betas) == (1.0, (0.0, 0.5))
+    assert isinstance(run.optimizer.lr, float)
+
+
+@pytest.mark.parametrize(
+    ("mode", "layers", "num_groups", "message"),
+    [
+        ("velora", ["v_proj"], {"v_proj": 5}, "v_proj: 5 sub-tokens do not divide the width 128 .* example 4 do"),
+        ("velora", "all", {"down_proj": 128}, "down_proj: 128 sub-tokens do not divide the width 352 .* example 88 do"),
+        ("velora", ["down_proj"], {"down_proj": 88}, None),
+        ("velora", ["v_proj"], {"down_proj": 5}, None),
+        ("full", ["v_proj"], {"v_proj": 5}, None),
+    ],
+)
+def test_sub_tokens_divide_what_the_compressed_projections_read(
+    mode: str, layers: object, num_groups: dict, message: str | None
+):
+    values = {"size": "9m", "mode": mode, "modes": {"velora": {"layers": layers, "num_groups": num_groups}}}
+    if message is None:
+        Run.model_validate(values)
+    else:
+        with pytest.raises(ValidationError, match=rf"modes\.velora\.num_groups\.{message}"):
+            Run.model_validate(values)
 
 
 def test_limits_themselves_are_allowed():

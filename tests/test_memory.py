@@ -36,6 +36,13 @@ def test_prediction_is_what_the_same_tracker_measures(tiny_run: Callable[..., An
     assert asdict(peak_of_step(model, optimizer, [loss, loss])) == asdict(predicted)
 
 
+@pytest.mark.parametrize("init", ["batch_average_once", "running_average", "svd", "random"])
+@pytest.mark.parametrize("update", ["dense", "projected"])
+def test_every_initialisation_and_rule_can_be_predicted(tiny_run: Callable[..., Any], init: str, update: str) -> None:
+    run = tiny_run(mode="velora", modes__velora__init=init, modes__velora__update=update)
+    assert predict_memory(run, 4, accumulates=True).peak_bytes > 0
+
+
 def kept_by_hand(run: Any, micro_batch: int, *, compressed: set[str]) -> int:
     """Bytes that the graph keeps from forward to backward in fp32, counted by hand; see the table in nn/llama.py."""
     c = run.llama

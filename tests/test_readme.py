@@ -80,6 +80,13 @@ def test_sizes_modes_and_recipes_are_those_that_exist():
     assert set(re.findall(r"`(quickstart|llama_\w+)`", README)) == recipes
 
 
+def test_the_end_of_the_first_command_is_shown():
+    (shown,) = re.findall(
+        r"^The first one ends like this:\n\n```text\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL
+    )
+    assert not [name for name in ("validation perplexity", "peak memory") if name not in shown], shown
+
+
 def test_there_are_examples():
     assert len(EXAMPLES) >= 6
 

@@ -39,6 +39,47 @@ def test_a_learning_rate_option_holds_for_the_mode_too(recipe: Path):
     assert resolve(str(recipe), {"mode": "velora", "optimizer.lr": 0.3}, []).lr == 0.3
 
 
+def test_an_assigned_learning_rate_holds_for_the_mode_too(recipe: Path):
+    velora = {"mode": "velora"}
+    assert resolve(str(recipe), velora, ["optimizer.lr=0.3"]).lr == 0.3
+    assert resolve(str(recipe), velora, ["optimizer={lr=0.3}"]).lr == 0.3
+    assert resolve(str(recipe), velora, ["optimizer.lr=0.3", "modes.velora.lr=0.4"]).lr == 0.4
+    assert resolve(str(recipe), velora, ["modes.velora.lr=0.4", "optimizer.lr=0.3"]).lr == 0.4
+    assert resolve(str(recipe), velora, ["optimizer.eps=1e-6"]).lr == 0.2
+
+
+@pytest.mark.parametrize(
+    ("options", "assignments"),
+    [({"batch.sequences": 8}, []), ({}, ["batch.sequences=8"]), ({}, ["batch={sequences=8}"])],
+)
+def test_a_given_batch_decides_the_micro_batch_anew(options: dict, assignments: list[str]):
+    assert resolve("quickstart", options, assignments).batch.micro_batch == "auto"
+    assert resolve("quickstart", {**options, "batch.micro_batch": 4}, []).batch.micro_batch == 4
+    assert resolve("quickstart", {}, []).batch.micro_batch == 16
+
+
+def test_a_recorded_run_stays_as_recorded(recipe: Path):
+    recipe.write_text(recipe.read_text() + "[batch]\nsequences = 16\nmicro_batch = 4\n")
+    run = resolve(str(recipe), {"mode": "velora", "batch.sequences": 16, "optimizer.lr": 0.1}, [], recorded=True)
+    assert (run.batch.micro_batch, run.lr) == (4, 0.2)
+
+
+def test_a_recipes_sub_tokens_of_other_projections_are_not_used():
+    run = resolve("llama_60m", {"mode": "velora"}, ['modes.velora.layers=["v_proj"]'])
+    assert run.modes.velora.projections == ("v_proj",)
+
+
+@pytest.mark.parametrize("assignment", ["modes.velora.num_groups.q_proj=8", "modes.velora.num_groups={q_proj=8}"])
+@pytest.mark.parametrize("layers", [None, '["v_proj"]'])
+@pytest.mark.parametrize("mode", MODES)
+def test_sub_tokens_given_for_other_projections_are_refused(assignment: str, layers: str | None, mode: str):
+    assignments = [assignment] + ([f"modes.velora.layers={layers}"] if layers else [])
+    message = refusal("llama_60m", {"mode": mode}, assignments)
+    assert message.startswith("command line: modes.velora.num_groups.q_proj: "), message
+    assert "modes.velora.layers" in message
+    resolve("llama_60m", {"mode": mode}, [assignment, "modes.velora.layers=all"])
+
+
 @pytest.mark.parametrize(
     ("assignment", "value"),
     [
@@ -70,7 +111,14 @@ def test_an_assigned_value_may_hold_an_equals_sign():
         ("modes.velora.layers=['z_proj']", ["modes.velora.layers", "z_proj"]),
         ("batch=3", ["batch: "]),
         ("size=61m", ["size: '61m' is not a size"]),
-        ("mode=velra", ["mode: ", "'full'", "'velora'", "'velra'"]),
+        ("mode=velra", ["mode: ", "'full'", "'velora'", "'velra'", "did you mean 'velora'? "]),
+        ("modes.velora.layers=v_proj", ["modes.velora.layers: ", 'a list of projections, or "all"', "'v_proj'"]),
+        ("modes.velora.layers=['v_prj']", ["modes.velora.layers: 'v_prj'", "did you mean 'v_proj'? "]),
+        ("modes.velora.num_groups.v_prj=8", ["modes.velora.num_groups.v_prj: ", "did you mean 'v_proj'? "]),
+        ("batch.micro_batch=x", ["batch.micro_batch: input should be a valid integer, or 'auto' (got 'x')"]),
+        ("optimizer.betas=0.9", ["optimizer.betas: ", "a valid list"]),
+        ("optimizer.lr=inf", ["optimizer.lr: ", "finite"]),
+        ("seed=9223372036854775808", ["seed: ", "less than"]),
         ("precision=fp8", ["precision: ", "'bf16'", "'fp8'"]),
         ("seed", ["--set seed", "dotted.key=value"]),
         ("=1", ["--set =1", "dotted.key=value"]),

@@ -104,7 +104,7 @@ def test_clipping_bounds_the_step(
         step(parameters, max_norm, norm)
         seen.append(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).item())
 
-    monkeypatch.setattr(torch.nn.utils, "clip_grads_with_norm_", spy)
+    monkeypatch.setattr("velora_pretrain.gradients.nn.utils.clip_grads_with_norm_", spy)
     trained(tiny_run(optimizer__clip_norm=0.5), tmp_path)
     assert records(tmp_path, "grad_norm")[0] > 0.5
     assert seen[0] == pytest.approx(0.5, rel=1e-4)
@@ -217,8 +217,10 @@ def test_an_infinite_gradient_is_named(
         return nats
 
     monkeypatch.setattr(Trainer, "_backward", poisoned)
-    with pytest.raises(UserError, match=r"step 1: the loss is 4\..*: the gradient of model\.norm\.weight\."):
-        trained(tiny_run(), tmp_path)
+    # Also where clipping would spread it over all gradients.
+    for clip_norm in (0.0, 1.0):
+        with pytest.raises(UserError, match=r"step 1: the loss is 4\..*: the gradient of model\.norm\.weight\."):
+            trained(tiny_run(optimizer__clip_norm=clip_norm), tmp_path)
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused_before_anything_is_written(
@@ -243,3 +245,81 @@ def test_directions_follow_refresh_and_stay_otherwise(tiny_run: Callable[..., An
     assert changes == [False, True, False, True, False]
     moving = directions(modes__velora__init="running_average")
     assert not any(torch.equal(a, b) for a, b in itertools.pairwise(moving))
+
+
+def test_the_last_good_checkpoint_outlives_damaged_ones(tiny_run: Callable[..., Any], tmp_path: Path) -> None:
+    run = tiny_run(checkpoint__every_steps=2, checkpoint__keep_last=3)
+    trained(run, tmp_path)
+    folder = RunFolder(tmp_path)
+    for step in (4, 6):
+        (folder.checkpoint(step) / "model.safetensors").write_bytes(b"cut")
+    trained(tiny_run(checkpoint__every_steps=2, checkpoint__keep_last=1), tmp_path, resume=True)
+    assert [path.name for path in folder.checkpoints_newest_first()] == ["step-00000006"]
+    assert {path.name for path in folder.checkpoints.iterdir()} == {
+        "step-00000006",
+        "damaged-step-00000004",
+        "damaged-step-00000006",
+    }
+
+
+def test_an_evaluation_that_fails_loses_no_training(tiny_run: Callable[..., Any], tmp_path: Path) -> None:
+    validation = tmp_path / "validation.jsonl"
+    validation.write_text(json.dumps({"text": "balmer cenos dip"}) + "\n" + "{broken\n")
+    run = tiny_run(validation_data=str(validation), evaluation__tokens=10_000)
+    with pytest.raises(UserError, match=r"validation\.jsonl"):
+        trained(run, tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+    good = json.dumps({"text": "balmer cenos dip"}) + "\n"
+    validation.write_text(good * 300 + "{broken\n")
+    with pytest.raises(UserError, match=r"after step 6: .*validation\.jsonl.* 301\b.*wrote .*step-00000006"):
+        trained(run, tmp_path / "run")
+    validation.write_text(good * 300)
+    assert trained(run, tmp_path / "run", resume=True)["final_evaluation"]["step"] == 6
+
+
+def test_too_few_documents_for_validation_are_said_before_the_first_step(
+    tiny_run: Callable[..., Any], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"holds no documents for validation.*reading\.holdout_every_documents"):
+        trained(tiny_run(reading__holdout_every_documents=1000), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_validation_data_that_is_also_trained_on_is_held_out(tiny_run: Callable[..., Any], tmp_path: Path) -> None:
+    run = tiny_run()
+    same = tiny_run(validation_data=run.data)
+    assert trained(same, tmp_path / "a")["final_evaluation"] == trained(run, tmp_path / "b")["final_evaluation"]
+
+
+def test_another_tokenizer_is_not_resumed(tiny_run: Callable[..., Any], tmp_path: Path) -> None:
+    import sentencepiece
+
+    tokenizer = tmp_path / "tokenizer.model"
+    run = tiny_run(tokenizer=str(tokenizer), checkpoint__every_steps=2)
+    tokenizer.write_bytes(Path(tiny_run().tokenizer).read_bytes())
+    trained(run, tmp_path / "run")
+    for path in RunFolder(tmp_path / "run").checkpoints_newest_first()[:1]:
+        (path / "model.safetensors").unlink()
+    texts = [json.loads(line)["text"] for line in Path(run.data).read_text().splitlines()]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_prefix=str(tmp_path / "tokenizer"), vocab_size=90, pad_id=0, eos_id=1,
+        unk_id=2, bos_id=-1, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    with pytest.raises(UserError, match="tokenizer differs from the run that is resumed"):
+        trained(run, tmp_path / "run", resume=True)
+
+
+def test_weights_that_are_not_finite_are_not_saved(
+    tiny_run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = torch.optim.Optimizer.zero_grad
+
+    def poisoned(self: Any, *args: Any, **kwargs: Any) -> None:
+        step(self, *args, **kwargs)
+        for group in self.param_groups:
+            group["params"][0].data[0] = torch.inf
+
+    monkeypatch.setattr("velora_pretrain.optim.adamw.AdamW.zero_grad", poisoned)
+    with pytest.raises(UserError, match=r"step 1: .* is not finite, so no checkpoint is written"):
+        trained(tiny_run(checkpoint__every_steps=1), tmp_path)
+    assert list(RunFolder(tmp_path).checkpoints.iterdir()) == []

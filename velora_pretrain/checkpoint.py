@@ -77,6 +77,9 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         weights, own = split_state(model, config)
+        bad = next((name for name, tensor in weights.items() if not tensor.isfinite().all()), None)
+        if bad:
+            raise UserError(f"step {step}: {bad} is not finite, so no checkpoint is written; earlier ones are whole")
         save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
         save_file(own | _optimizer_tensors(model, optimizer) | _random_states(), temporary / STATE_TENSORS)
         dtype = DTYPE_NAMES[next(iter(weights.values())).dtype]
@@ -91,13 +94,16 @@ def save(
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
         _to_disk(target.parent)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, UserError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, UserError):
+            raise
         raise UserError(
             f"{target}: the checkpoint could not be written ({_reason(error)}); earlier checkpoints are whole:"
             f" free some space and go on with --resume --run-dir {folder.path}"
         ) from error
-    for old in folder.checkpoints_newest_first()[keep_last:]:
+    others = [path for path in folder.checkpoints_newest_first() if path != target]
+    for old in others[keep_last - 1 :]:
         shutil.rmtree(old, ignore_errors=True)
     return target
 
@@ -113,8 +119,17 @@ def newest_whole(folder: RunFolder, warn: Callable[[str], None]) -> tuple[Path, 
         try:
             return path, verified_state(path)
         except DamagedCheckpoint as damage:
-            warn(f"{path} is damaged ({damage}) and is not used; going back to the checkpoint before it")
+            warn(f"{path} is damaged ({damage}) and is not used")
     return None
+
+
+def set_aside_newer(folder: RunFolder, than: Path | None) -> None:
+    """Renames the checkpoints newer than `than`, which are damaged, so that none of them counts as the newest."""
+    for path in folder.checkpoints_newest_first():
+        if than is not None and path.name <= than.name:
+            return
+        shutil.rmtree(path.with_name(f"damaged-{path.name}"), ignore_errors=True)
+        path.rename(path.with_name(f"damaged-{path.name}"))
 
 
 def verified_state(path: Path) -> dict[str, Any]:

@@ -32,6 +32,8 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"device: {name!r} is no device; choose auto, cpu, cuda or mps") from None
+    if device.index is not None:
+        raise UserError(f"device: {name} names one of several; choose {device.type} and set CUDA_VISIBLE_DEVICES")
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not there.get(device.type, False):
         raise UserError(f"device: {name} is not available here; choose auto or cpu")

@@ -129,7 +129,13 @@ def evaluate(
 
 
 def evaluate_checkpoint(
-    path: Path, *, data: str | None, tokens: int | None, device: str, display: Display
+    path: Path,
+    *,
+    data: str | None,
+    tokens: int | None,
+    device: str,
+    display: Display,
+    tokenizer_name: str | None = None,
 ) -> dict[str, Any]:
     """Scores a checkpoint, a run folder's newest checkpoint, or any Hugging Face LLaMA folder.
 
@@ -142,6 +148,7 @@ def evaluate_checkpoint(
         tokens: targets to score; None for the run's number.
         device: auto, cpu, cuda or mps.
         display: shows progress.
+        tokenizer_name: where the folder holds none: as `config.Run.tokenizer`.
 
     Returns:
         The fields of an `EvaluationRecord`, `tokenizer_sha256`, `checkpoint` and `data`.
@@ -151,7 +158,7 @@ def evaluate_checkpoint(
     """
     checkpoint, run = _find(path, display)
     model = load_llama(checkpoint)
-    tokenizer = load_tokenizer(str(checkpoint))
+    tokenizer = load_tokenizer(tokenizer_name or str(checkpoint))
     check_vocabulary(tokenizer, model.config.vocab_size)
     where = pick_device(device)
     model.to(where)
@@ -195,12 +202,17 @@ def validation_source(run: Run | None, data: str | None = None) -> Source:
     Raises:
         UserError: they cannot be found.
     """
-    named = data or (run.validation_data if run else None)
+    named = data or (run.validation_data if run and has_separate_validation(run) else None)
     every = run.reading.holdout_every_documents if run else HOLDOUT_EVERY_DOCUMENTS
     if named is None:
         return resolve(run.data if run else "auto", split="validation", holdout_every_documents=every)
     # Files that the user names for evaluation are scored whole; the sample is also trained on.
     return resolve(named, split="validation", holdout_every_documents=every, separate=named not in ("auto", "sample"))
+
+
+def has_separate_validation(run: Run) -> bool:
+    """Whether validation documents are files of their own, so that training may take all of its data."""
+    return run.validation_data not in (None, run.data, "auto", "sample")
 
 
 def _find(path: Path, display: Display) -> tuple[Path, Run | None]:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from velora_pretrain import checkpoint
 from velora_pretrain.config import Run
 from velora_pretrain.data.c4 import Source, resolve
+from velora_pretrain.data.loader import evaluation_batches
 from velora_pretrain.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from velora_pretrain.display import Display
 from velora_pretrain.errors import UserError
-from velora_pretrain.evaluation import validation_source
+from velora_pretrain.evaluation import has_separate_validation, validation_source
 from velora_pretrain.modes import build_mode
 from velora_pretrain.nn.llama import Llama
 from velora_pretrain.prediction import USABLE_SHARE, choose_micro_batch, free_memory_bytes
@@ -57,10 +60,7 @@ def prepare(run: Run, folder: RunFolder, *, resume: bool, accelerator: Accelerat
         )
     with torch.device("meta"):
         build_mode(run).adapt(Llama(run.llama))  # what does not fit the model is said before anything is written
-    tokenizer = load_tokenizer(run.tokenizer)
-    check_vocabulary(tokenizer, run.llama.vocab_size)
-    every = run.reading.holdout_every_documents
-    source = resolve(run.data, split="train", holdout_every_documents=every, separate=run.validation_data is not None)
+    source = _training_source(run, accelerator)
     if source.fallback_reason:
         display.warn(
             f"{source.fallback_reason}. TRAINING ON THE BUNDLED SAMPLE, some 2 MB of Python documentation, NOT ON C4:"
@@ -69,6 +69,9 @@ def prepare(run: Run, folder: RunFolder, *, resume: bool, accelerator: Accelerat
     if run.data == "auto":
         run = run.model_copy(update={"data": source.name})
     validation = validation_source(run)
+    tokenizer = load_tokenizer(run.tokenizer)
+    check_vocabulary(tokenizer, run.llama.vocab_size)
+    _check_validation(run, validation, tokenizer)
     run = _with_micro_batch(run, accelerator)
     found = checkpoint.newest_whole(folder, display.warn) if resume else None
     path, state = found if found else (None, {})
@@ -80,9 +83,45 @@ def prepare(run: Run, folder: RunFolder, *, resume: bool, accelerator: Accelerat
         try:
             folder.write_run(run)
             folder.forget_after(state.get("step", 0))
+            if resume:
+                checkpoint.set_aside_newer(folder, path)
         except OSError as error:
             raise UserError(f"{folder.path}: the run folder cannot be written ({error.strerror})") from None
     return Prepared(run=run, tokenizer=tokenizer, source=source, validation=validation, checkpoint=path, state=state)
+
+
+def _training_source(run: Run, accelerator: Accelerator) -> Source:
+    """The documents to train on; what `auto` means is decided by one process for all."""
+    every, separate = run.reading.holdout_every_documents, has_separate_validation(run)
+    if accelerator.is_main_process:
+        source = resolve(run.data, split="train", holdout_every_documents=every, separate=separate)
+        if run.data == "auto":
+            broadcast_object_list([source.name])
+        return source
+    name = broadcast_object_list([run.data])[0] if run.data == "auto" else run.data
+    return resolve(name, split="train", holdout_every_documents=every, separate=separate)
+
+
+def _check_validation(run: Run, validation: Source, tokenizer: Tokenizer) -> None:
+    """Reads the beginning of the validation documents, so that a run does not find out at its end.
+
+    Raises:
+        UserError: they cannot be read, or there are none.
+    """
+    batches = evaluation_batches(
+        validation,
+        tokenizer,
+        packing=run.packing,
+        sequence_length=run.batch.sequence_length,
+        sequences=1,
+        max_target_tokens=1,
+        max_bad_lines=run.reading.max_bad_lines,
+        prefetch_batches=1,
+    )
+    with contextlib.closing(batches):
+        for _ in batches:
+            return
+    raise UserError(f"{validation.name}: not one validation document has a token; give other or more text")
 
 
 def _recorded_run(run: Run, folder: RunFolder, *, resume: bool) -> Run | None:

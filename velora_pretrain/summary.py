@@ -43,7 +43,7 @@ def summarise(
         "seconds": seconds,
         "first_loss_nats_per_token": training[0]["loss_nats_per_token"],
         "last_loss_nats_per_token": training[-1]["loss_nats_per_token"],
-        "final_evaluation": next(record for record in reversed(records) if "perplexity" in record),
+        "final_evaluation": next(r for r in reversed(records) if "perplexity" in r and r["step"] == steps),
         "tokens_per_second": statistics.median(record["tokens_per_second"] for record in training),
         "peak_memory_bytes": max(record["peak_memory_bytes"] for record in training),
         "predicted_memory": asdict(predicted),

@@ -10,7 +10,9 @@ all that its step asked for, and its records are those of the uninterrupted run.
 
 from __future__ import annotations
 
+import errno
 import math
+import shlex
 import time
 from contextlib import closing, nullcontext
 from typing import Any
@@ -26,6 +28,7 @@ from velora_pretrain.display import Display
 from velora_pretrain.distributed import all_reduce, data_parallel, start_processes
 from velora_pretrain.errors import UserError
 from velora_pretrain.evaluation import EVALUATION_MICRO_BATCH, EVALUATION_SEQUENCES, evaluate
+from velora_pretrain.gradients import clip_gradients, first_not_finite
 from velora_pretrain.modes import build_mode
 from velora_pretrain.nn.llama import Llama
 from velora_pretrain.optim.schedule import lr_multiplier
@@ -33,6 +36,9 @@ from velora_pretrain.records import RunFolder, TrainingRecord
 from velora_pretrain.setup import prepare
 from velora_pretrain.signals import Interrupted, StopSignals
 from velora_pretrain.summary import summarise
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+"""What the disk, not the program, does wrong."""
 
 __all__ = ["Interrupted", "Trainer", "train"]
 
@@ -88,7 +94,9 @@ class Trainer:
         self.started = self.saved = time.monotonic()
         self.saved_steps = self.done_steps
         self.signals, self.is_stop_told = StopSignals(), False
-        self.evaluated_steps = {record["step"] for record in folder.records() if "perplexity" in record}
+        # Not beyond the checkpoint: another process may not have dropped the later records yet.
+        evaluated = {record["step"] for record in folder.records() if "perplexity" in record}
+        self.evaluated_steps = {step for step in evaluated if step <= self.done_steps}
 
     @property
     def seconds(self) -> float:
@@ -97,6 +105,22 @@ class Trainer:
 
     def train(self) -> dict[str, Any]:
         """Runs to the end; see `train`."""
+        try:
+            return self._train()
+        except OSError as error:
+            if error.errno not in DISK_ERRORS:
+                raise
+            raise UserError(
+                f"{self.folder.path}: cannot be written ({error.strerror}); checkpoints are whole: free some space and"
+                f" go on with: {self._way_on}"
+            ) from error
+
+    @property
+    def _way_on(self) -> str:
+        """The command that goes on with this run."""
+        return f"velora-pretrain train --resume --run-dir {shlex.quote(str(self.folder.path))}"
+
+    def _train(self) -> dict[str, Any]:
         run = self.run
         self.display.start(name=str(self.folder.path), steps=run.steps, done_steps=self.done_steps)
         loader = TrainLoader(
@@ -115,18 +139,17 @@ class Trainer:
         )
         with closing(loader), self.signals:
             # A run that was stopped during an evaluation does it first.
-            self._evaluate_if_due()
+            if not self._evaluate_if_due():
+                raise self._interrupted()
             while self.done_steps < run.steps:
                 is_stopped, is_due = self._step(loader)
                 is_stopped = not self._evaluate_if_due() or is_stopped
                 is_last = self.done_steps == run.steps
                 is_due = is_due or is_last or _is_multiple(self.done_steps, run.checkpoint.every_steps)
-                path = self._save() if is_due or is_stopped else None
+                if is_due or is_stopped:
+                    self._save()
                 if is_stopped and not (is_last and self.is_evaluated):
-                    raise Interrupted(
-                        f"stopped after step {self.done_steps} of {run.steps}; wrote {path}; go on with:"
-                        f" velora-pretrain train --resume --run-dir {self.folder.path}"
-                    )
+                    raise self._interrupted()
         self.display.finish()
         summary = summarise(
             self.prepared,
@@ -140,6 +163,12 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.folder.write_summary(summary)
         return summary
+
+    def _interrupted(self) -> Interrupted:
+        saved = self.folder.checkpoint(self.saved_steps)
+        return Interrupted(
+            f"stopped after step {self.done_steps} of {self.run.steps}; wrote {saved}; go on with: {self._way_on}"
+        )
 
     def _step(self, loader: TrainLoader) -> tuple[bool, bool]:
         """Takes one optimizer step; gives whether to stop after it, and whether a checkpoint is due by the clock."""
@@ -165,9 +194,14 @@ class Trainer:
         message = torch.tensor([nats, self.signals.is_set, is_due], dtype=torch.float64)
         nats, stops, due = all_reduce(self.accelerator, message).tolist()
         loss = nats / max(1, batch.num_target_tokens)
-        grad_norm = self._clip()
+        grad_norm = clip_gradients(self.model, run.optimizer.clip_norm)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise UserError(self._numbers_failed(step, loss))
+            last = self.folder.checkpoints_newest_first()
+            kept = f"the last good checkpoint is {last[0]}" if last else "no checkpoint was written yet"
+            raise UserError(
+                f"step {step}: the loss is {loss}; first tensor that is not finite: {first_not_finite(self.model)}. The"
+                f" step was not taken; {kept}. Lower the learning rate, or set optimizer.clip_norm, in a new run"
+            )
         self.optimizer.step()
         self.mode.after_step(self.model, step)
         self.optimizer.zero_grad()
@@ -194,13 +228,14 @@ class Trainer:
         try:
             return next(loader)
         except (UserError, ConnectionError) as error:
-            # Several processes may not all have failed, and saving waits for all of them.
-            if self.accelerator.num_processes > 1 or self.done_steps == self.saved_steps:
-                raise UserError(f"after step {self.done_steps}: {error}") from error
-            raise UserError(
-                f"after step {self.done_steps}: {error}; wrote {self._save()}; go on with: velora-pretrain train"
-                f" --resume --run-dir {self.folder.path}"
-            ) from error
+            raise self._saved_from(error) from error
+
+    def _saved_from(self, error: Exception) -> UserError:
+        """The same failure, told after a checkpoint was written."""
+        # Several processes may not all have failed, and saving waits for all of them.
+        if self.accelerator.num_processes > 1 or self.done_steps == self.saved_steps:
+            return UserError(f"after step {self.done_steps}: {error}")
+        return UserError(f"after step {self.done_steps}: {error}; wrote {self._save()}; go on with: {self._way_on}")
 
     def _micro_batches(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
         """This process's rows of the batch, cut for the forward passes, on the device."""
@@ -235,28 +270,6 @@ class Trainer:
                 self.is_stop_told = True
         return nats.item()
 
-    def _clip(self) -> float:
-        """The global gradient norm, before it is clipped to the configured one."""
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if self.run.optimizer.clip_norm:
-            nn.utils.clip_grads_with_norm_(parameters, self.run.optimizer.clip_norm, norm)
-        return norm.item()
-
-    def _numbers_failed(self, step: int, loss: float) -> str:
-        """One line on where infinity or NaN was first seen, and how to go on."""
-        held = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
-        gradients = {f"the gradient of {n}": p.grad for n, p in self.model.named_parameters() if p.grad is not None}
-        bad = next(
-            (name for name, tensor in (held | gradients).items() if not tensor.isfinite().all()), "the loss alone"
-        )
-        last = self.folder.checkpoints_newest_first()
-        kept = f"the last good checkpoint is {last[0]}" if last else "no checkpoint was written yet"
-        return (
-            f"step {step}: the loss is {loss}; first tensor that is not finite: {bad}. The step was not taken; {kept}."
-            " Lower optimizer.lr, or set optimizer.clip_norm, in a new run"
-        )
-
     @property
     def is_evaluated(self) -> bool:
         """Whether the last step done has its evaluation."""
@@ -271,6 +284,8 @@ class Trainer:
                 self._evaluate()
         except _EvaluationCut:
             return False
+        except (UserError, ConnectionError) as error:
+            raise self._saved_from(error) from error
         return True
 
     def _evaluation_progress(self, tokens: int) -> None:
@@ -302,6 +317,8 @@ class Trainer:
             all_reduce=lambda tensor: all_reduce(self.accelerator, tensor),
             progress=self._evaluation_progress,
         )
+        if not math.isfinite(score.nats):
+            raise UserError(f"the validation loss is {score.nats}; lower the learning rate in a new run")
         record = score.record(self.done_steps)
         if self.accelerator.is_main_process:
             self.folder.append(record)

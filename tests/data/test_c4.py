@@ -143,7 +143,10 @@ def test_c4_without_the_hub_names_what_works_offline():
         resolve("c4", split="train", probe=lambda _: "the hub is away")
     message = str(caught.value)
     assert "the hub is away" in message and "\n" not in message
-    assert "velora-pretrain train --data sample" in message and "velora-pretrain train --data PATH" in message
+    assert (
+        "velora-pretrain train --size 60m --data sample" in message
+        and "velora-pretrain train --size 60m --data PATH" in message
+    )
 
 
 def test_the_hub_is_asked_for_a_file_of_c4(monkeypatch):
@@ -203,7 +206,9 @@ def test_held_out_documents_are_every_nth_and_the_rest_trains(tmp_path, every):
 
 def test_too_few_documents_to_hold_one_out(tmp_path):
     source = resolve(write(tmp_path / "a.jsonl", ["x"] * 5), split="validation", holdout_every_documents=6)
-    with pytest.raises(UserError, match=r"no documents for validation, as every 6th .* lower holdout_every_documents"):
+    with pytest.raises(
+        UserError, match=r"no documents for validation, as every 6th .* lower reading.holdout_every_documents"
+    ):
         texts_of(source, **ONCE)
     with pytest.raises(UserError, match="holdout_every_documents is 1; it must be at least 2"):
         resolve(str(tmp_path / "a.jsonl"), split="train", holdout_every_documents=1)

@@ -333,3 +333,24 @@ def test_any_exception_of_the_thread_is_raised_here():
     assert next(ahead) == 1
     with pytest.raises(KeyError, match="x"):
         next(ahead)
+
+
+def test_documents_without_a_token_are_said_and_not_waited_for(tmp_path):
+    class Deaf(ByteTokenizer):
+        def encode(self, texts):
+            return [[] for _ in texts]
+
+    with (
+        TrainLoader(make_source(tmp_path), Deaf(), packing="pad", **COMMON) as loader,
+        pytest.raises(UserError, match="no token in any document"),
+    ):
+        next(loader)
+
+
+def test_a_file_of_another_size_is_another_order(tmp_path):
+    source = make_source(tmp_path)
+    cursor = take(source, 2)[-1].cursor
+    with Path(source.shards[0]).open("a") as file:
+        file.write(json.dumps({"text": "more"}) + "\n")
+    with pytest.raises(UserError, match="data differs from the run"):
+        take(source, 1, cursor=cursor)

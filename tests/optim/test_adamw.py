@@ -199,6 +199,24 @@ def test_it_converges_where_the_inputs_lie_along_v(update: UpdateRule) -> None:
     assert last < 1e-3 * first
 
 
+@pytest.mark.parametrize("update", ["dense", "projected"])
+def test_decay_of_bf16_weights_is_not_lost(update: UpdateRule) -> None:
+    """lr · decay is below bf16's resolution near 1: applied to the rounded weight alone it would change nothing."""
+    layer = make_layer().to(torch.bfloat16)
+    optimizer = optimizer_of(layer, update, lr=1e-3, weight_decay=1.0)
+    start = layer.weight.float().norm().item()
+    for _ in range(300):
+        layer.coefficients.grad = torch.randn(M, G) * 1e-3
+        optimizer.step()
+    plain = nn.Parameter(make_layer().weight.detach().bfloat16())
+    reference = AdamW([plain], lr=1e-3, weight_decay=1.0)
+    for _ in range(300):
+        plain.grad = torch.randn(M, D).bfloat16() * 1e-3
+        reference.step()
+    assert layer.weight.float().norm().item() < 0.995 * start
+    assert layer.weight.float().norm().item() == pytest.approx(plain.float().norm().item(), rel=0.1)
+
+
 def test_loading_a_state_rounds_nothing() -> None:
     weight = nn.Parameter(torch.randn(4, 4).bfloat16())
     optimizer = AdamW([weight])

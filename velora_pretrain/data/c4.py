@@ -85,8 +85,8 @@ def resolve(
             return Source(name="c4", shards=c4_shards(split))
         if data == "c4":
             raise UserError(
-                f"data = c4: {reason}; without the hub use `velora-pretrain train --data sample` or "
-                "`velora-pretrain train --data PATH` with files of your own"
+                f"data = c4: {reason}; without the hub these work: `velora-pretrain train --size 60m --data sample`, "
+                "`velora-pretrain train --size 60m --data PATH` with files of your own"
             )
         sample = resolve("sample", split=split, holdout_every_documents=holdout_every_documents, separate=separate)
         return dataclasses.replace(sample, fallback_reason=reason)
@@ -286,6 +286,6 @@ def _no_documents(documents: Source) -> str:
     if documents.part == "all":
         return f"{documents.name}: holds no documents; every record is empty or bad"
     return (
-        f"{documents.name}: holds no documents for {documents.part}, as every "
-        f"{documents.holdout_every_documents}th is for validation; lower holdout_every_documents or give more data"
+        f"{documents.name}: holds no documents for {documents.part}, as every {documents.holdout_every_documents}th is "
+        "for validation; lower reading.holdout_every_documents or give more data"
     )

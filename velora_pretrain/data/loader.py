@@ -18,7 +18,7 @@ import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Callable, Generator, Iterable, Iterator
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -135,6 +135,7 @@ class TrainLoader:
             "shuffle_block_documents": shuffle_block_documents,
             "packing": packing,
             "batch.sequence_length": sequence_length,
+            "tokenizer": getattr(tokenizer, "sha256", None),
         }
         start = Cursor() if cursor is None else _restore(cursor, order)
         blocks = read_blocks(
@@ -235,7 +236,14 @@ def _tokenised(
     blocks: Iterable[Block], encode: Callable[[list[str]], Iterable[tuple[list[int], list[int] | None]]]
 ) -> Iterator[list[Document]]:
     """Documents with their tokens, `CHUNK_DOCUMENTS` at a time; those that have none are left out."""
+    # Without this, an epoch of such documents alone would be followed by the next for ever.
+    has_tokens, begun_epoch = True, None
     for block in blocks:
+        if block.start.epoch != begun_epoch:
+            if not has_tokens:
+                raise UserError("the tokenizer finds no token in any document of the data; give other text")
+            is_whole = block.start == Cursor(epoch=block.start.epoch)
+            begun_epoch, has_tokens = block.start.epoch, not is_whole
         for first in range(0, len(block.texts), CHUNK_DOCUMENTS):
             encoded = encode(list(block.texts[first : first + CHUNK_DOCUMENTS]))
             documents = []
@@ -243,6 +251,7 @@ def _tokenised(
                 # Only the very first document can be begun already.
                 cursor = block.start if place == 0 else _at(block.start, place)
                 if tokens:
+                    has_tokens = True
                     documents.append(Document(cursor, tokens, token_bytes))
             yield documents
 
@@ -272,8 +281,10 @@ def _batch(group: Sequences, rank: int, world_size: int, order: dict[str, Any]) 
 
 
 def _fingerprint(source: Source) -> str:
-    """Names the documents, not where they lie, so that a run can move to another folder."""
-    names = [PurePath(shard).name for shard in source.shards]
+    """Names the documents and, of local files, their sizes; not where they lie, so that a run can move."""
+    names = [
+        (PurePath(shard).name, Path(shard).stat().st_size if Path(shard).is_file() else None) for shard in source.shards
+    ]
     every = source.holdout_every_documents if source.part != "all" else None
     return hashlib.sha256(repr((names, source.part, every)).encode()).hexdigest()[:16]
 

@@ -178,9 +178,9 @@ class Direction(nn.Module):
             dist.all_reduce(self.statistics)
         if self.init == "svd":
             # The top eigenvector of the second moment is the top right-singular vector; eigh sorts upwards.
-            new = torch.linalg.eigh(self.statistics.double().cpu())[1][:, -1].to(self.vector)
+            new = torch.linalg.eigh(self.statistics.cpu().double())[1][:, -1].to(self.vector)
             # An eigenvector's sign is free: fixed by the largest entry, so that every machine takes the same one.
-            new *= new[new.abs().argmax()].sign()
+            new *= new.gather(0, new.abs().argmax(0, keepdim=True)).sign()
         else:
             new = F.normalize(self.statistics, dim=0)
         if self.init == "running_average" and self.is_ready:

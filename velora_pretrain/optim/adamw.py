@@ -38,6 +38,7 @@ def dense_step_(
     *,
     lr: float,
     eps: float,
+    decay: float = 0.0,
 ) -> None:
     """weight −= lr · m v_j / (root_u |v_j| + eps), in place: AdamW's step on the dense gradient C ⊗ v.
 
@@ -48,13 +49,20 @@ def dense_step_(
         direction: v.
         lr: learning rate.
         eps: added to the dense root.
+        decay: share of the weight that is taken off first.
     """
     # m v_j / (root_u |v_j| + eps) = m / (root_u sign(v_j) + eps / v_j): one temporary, none for the numerator.
     # Where v_j is 0, eps / v_j is infinite and the element stays, as it does under the dense rule.
     sign, floor = direction.sign(), eps / direction
-    for w, m_rows, root_rows in _row_chunks(weight, m, root_u):
+    for rows, m_rows, root_rows in _row_chunks(weight, m, root_u):
         denominator = torch.addcmul(floor.to(root_rows), root_rows[..., None], sign.to(root_rows))
+        # Narrow weights move in the moments' precision and are rounded once; for wide ones this is the weight itself.
+        w = rows.to(m_rows.dtype)
+        if decay:
+            w.mul_(1 - decay)
         w.addcdiv_(m_rows[..., None], denominator, value=-lr)
+        if w is not rows:
+            rows.copy_(w)
 
 
 def projected_step_(
@@ -65,12 +73,18 @@ def projected_step_(
     *,
     lr: float,
     eps: float,
+    decay: float = 0.0,
 ) -> None:
     """weight −= lr · √s · m / (root_u + eps) ⊗ v, in place; arguments as in `dense_step_`."""
     step = m / (root_u + eps)
     scale = -lr * math.sqrt(direction.numel())
-    for w, step_rows, _ in _row_chunks(weight, step, root_u):
+    for rows, step_rows, _ in _row_chunks(weight, step, root_u):
+        w = rows.to(step_rows.dtype)
+        if decay:
+            w.mul_(1 - decay)
         w.addcmul_(step_rows[..., None], direction.to(step_rows), value=scale)
+        if w is not rows:
+            rows.copy_(w)
 
 
 def _row_chunks(weight: Tensor, *coefficients: Tensor) -> Iterable[tuple[Tensor, ...]]:
@@ -189,8 +203,7 @@ class AdamW(Optimizer):
         step = state["step"]
         m.lerp_(gradient, 1 - beta1)
         u.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        if group["weight_decay"]:
-            weight.mul_(1 - group["lr"] * group["weight_decay"])
         corrected_m = m / (1 - beta1**step)
         root_u = (u / (1 - beta2**step)).sqrt_()
-        _STEPS[self._update](weight, corrected_m, root_u, direction, lr=group["lr"], eps=group["eps"])
+        decay = group["lr"] * group["weight_decay"]
+        _STEPS[self._update](weight, corrected_m, root_u, direction, lr=group["lr"], eps=group["eps"], decay=decay)
