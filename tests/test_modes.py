@@ -93,6 +93,23 @@ def test_the_rule_fits_every_size(size: str) -> None:
         assert 8 <= width <= 43, projection
 
 
+@pytest.mark.parametrize(
+    ("layers", "named"),
+    [
+        (["v_proj", "down_proj"], {"v_proj": "q_proj and k_proj"}),
+        (["q_proj", "k_proj", "v_proj", "up_proj"], {"up_proj": "gate_proj"}),
+        (["o_proj"], {"o_proj": "the attention"}),
+        (["down_proj"], {}),
+    ],
+)
+def test_a_layer_that_saves_nothing_is_said_to(
+    tiny_run: Callable[..., Any], layers: list[str], named: dict[str, str]
+) -> None:
+    """The closed form in test_memory.py counts what these notes say."""
+    notes = build_mode(tiny_run(mode="velora", modes__velora__layers=layers)).memory_notes()
+    assert notes == [f"{name} saves no activation: {keeper} keeps its input" for name, keeper in named.items()]
+
+
 def test_the_first_direction_is_of_the_whole_first_batch_and_stays(tiny_run: Callable[..., Any]) -> None:
     mode, model = built(tiny_run(mode="velora"))
     first, second = torch.randint(0, 120, (4, 8)), torch.randint(0, 120, (4, 8))

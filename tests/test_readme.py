@@ -102,7 +102,8 @@ def test_examples_name_commands_and_options_that_exist(
     shown = help_of(command, capsys)
     assert not [option for option in options if f"{option} " not in shown]
     values = dict(itertools.pairwise(words))
-    resolve(values.get("--recipe"), {"size": values.get("--size") or "9m", "mode": values.get("--mode")}, [])
+    size = values.get("--size") or (None if "--recipe" in values else "9m")
+    resolve(values.get("--recipe"), {"size": size, "mode": values.get("--mode")}, [])
 
 
 def test_every_option_in_the_text_exists(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):

@@ -6,7 +6,6 @@ Exit status: 0 done, 2 the user's mistake (one line on standard error), 130 inte
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 from collections.abc import Sequence
@@ -25,8 +24,8 @@ if TYPE_CHECKING:
 RUNS = Path("runs")
 """Where runs lie unless a folder is given."""
 
-MISTAKE, INTERRUPTED = 2, 130
-"""Exit status of a user's mistake, and of Ctrl-C or SIGTERM."""
+FAILED, MISTAKE, INTERRUPTED = 1, 2, 130
+"""Exit status of a network that stays away, of a user's mistake, and of Ctrl-C or SIGTERM."""
 
 app = typer.Typer(
     help="Pre-train LLaMA from scratch on C4 with little memory, and see what each memory-saving mode costs and saves.",
@@ -83,7 +82,13 @@ def train(
     run_dir: Annotated[
         Path | None, typer.Option(help="Run folder; by default runs/SIZE-MODE-TIME.", show_default=False)
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with --run-dir, or with the newest run.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on with --run-dir, or with the newest run; steps and learning rate stay as recorded.",
+        ),
+    ] = False,
     settings: Settings = None,
 ) -> None:
     """Pre-train a model, evaluate it, and keep everything in a run folder."""
@@ -95,11 +100,11 @@ def train(
     assignments = settings or []
     if not resume and size is None and recipe is None and not any(_names_model(each) for each in assignments):
         raise UserError("what to train? Give --size (for example --size 60m) or --recipe (for example quickstart)")
-    folder = None
+    folder, recorded = None, resume and recipe is None
     if resume:
         folder = RunFolder(run_dir) if run_dir else newest_run(RUNS)
         folder.read_run()
-        recipe = recipe or str(folder.config)
+        recipe = recipe or str(folder.config)  # one that is given is read as when the run began
     options = {
         "size": size,
         "mode": mode,
@@ -107,14 +112,14 @@ def train(
         "tokenizer": tokenizer,
         "schedule.steps": steps,
         "batch.sequences": batch_size,
-        "batch.micro_batch": micro_batch,
+        "batch.micro_batch": _number_or_word(micro_batch),
         "batch.sequence_length": sequence_length,
         "optimizer.lr": lr,
         "seed": seed,
         "device": device,
         "precision": precision,
     }
-    run = resolve(recipe, options, assignments)
+    run = resolve(recipe, options, assignments, recorded=recorded)
     folder = folder or RunFolder(run_dir or new_run_dir(run))
 
     from velora_pretrain.trainer import Interrupted
@@ -143,7 +148,7 @@ def eval_checkpoint(
         typer.Argument(help="A checkpoint, run folder or Hugging Face folder; by default the newest run's last."),
     ] = None,
     data: Annotated[str | None, typer.Option(help=DATA_HELP)] = None,
-    tokens: Annotated[int | None, typer.Option(help="Validation tokens to score.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Validation tokens to score.", min=1)] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     json_file: Json = None,
 ) -> None:
@@ -183,16 +188,17 @@ def compare_memory(
     json_file: Json = None,
 ) -> None:
     """Show where every byte of a training step goes, per mode, by category."""
+    per_pass = _number_or_word(micro_batch)
     options = {
         "size": size,
-        "batch.micro_batch": micro_batch,
+        "batch.micro_batch": per_pass,
         "batch.sequence_length": sequence_length,
         "precision": precision,
         "memory.recompute": recompute,
     }
-    if micro_batch and micro_batch.isdigit() and int(micro_batch):
+    if isinstance(per_pass, int) and per_pass > 0:
         # About the published batch, in whole micro-batches of any number.
-        options["batch.sequences"] = int(micro_batch) * max(1, 512 // int(micro_batch))
+        options["batch.sequences"] = per_pass * max(1, 512 // per_pass)
     runs = compared_runs(modes, options, settings or [])
 
     from velora_pretrain.compare import memory_rows
@@ -253,11 +259,21 @@ def _names_model(assignment: str) -> bool:
     return key == "size" or key.startswith("model.")
 
 
+def _number_or_word(text: str | None) -> int | str | None:
+    """A number if the text is one; what is neither a number nor a known word is refused with the configuration."""
+    try:
+        return None if text is None else int(text)
+    except ValueError:
+        return text
+
+
 def _write_json(target: str | None, value: object) -> None:
     """Writes `value` as JSON to a file, or to standard output for `-`; nothing for None."""
     if target is None:
         return
-    text = json.dumps(_finite(value), indent=2) + "\n"
+    from velora_pretrain.records import finite
+
+    text = json.dumps(finite(value), indent=2, allow_nan=False) + "\n"
     if target == "-":
         sys.stdout.write(text)
         return
@@ -265,15 +281,6 @@ def _write_json(target: str | None, value: object) -> None:
         Path(target).write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"--json {target}: cannot be written: {error.strerror}") from None
-
-
-def _finite(value: Any) -> Any:
-    """The value with null for what JSON has no number for: a diverged model's infinite perplexity."""
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 _USAGE_ERROR: type[BaseException] = next(
@@ -305,13 +312,17 @@ def _status(arguments: Sequence[str] | None) -> int:
         # The reader of a pipe (`| head`) went away; Python would complain once more when it closes standard output.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except ConnectionError as error:
+        # The network went for good: nobody's mistake, and a traceback would say no more.
+        _complain(str(error) or type(error).__name__)
+        return FAILED
     except _USAGE_ERROR as error:
         return _complain(error.format_message())  # pyright: ignore[reportAttributeAccessIssue]
     return status if isinstance(status, int) else 0
 
 
 def _complain(message: str) -> int:
-    """Shows the one line of a user's mistake; every rank does, since only one of them may have met it."""
+    """Shows one line about what went wrong; every rank does, since only one of them may have met it."""
     rank = os.environ.get("RANK", "0")
     where = "" if rank == "0" else f"[rank {rank}] "
     print(f"{where}error: {' '.join(message.splitlines())}", file=sys.stderr, flush=True)

@@ -7,11 +7,12 @@ from dataclasses import asdict
 from typing import Any
 
 from velora_pretrain.config import Run
+from velora_pretrain.modes import build_mode
 from velora_pretrain.prediction import MICRO_BATCH_TOKENS, predict_memory
 
 
 def memory_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """One row per run: mode, options, predicted bytes by category, and null for what was not measured.
+    """One row per run: mode, options, predicted bytes by category, null for what was not measured, and notes.
 
     Where `batch.micro_batch` is auto it is the number of sequences that a CPU would take.
     """
@@ -21,7 +22,13 @@ def memory_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
         micro_batch = auto if run.batch.micro_batch == "auto" else run.batch.micro_batch
         use = predict_memory(run, micro_batch, accumulates=micro_batch < run.batch.sequences)
         rows.append(
-            {"mode": run.mode, "options": _options(run, micro_batch), "predicted": asdict(use), "measured": None}
+            {
+                "mode": run.mode,
+                "options": _options(run, micro_batch),
+                "predicted": asdict(use),
+                "measured": None,
+                "notes": build_mode(run).memory_notes(),
+            }
         )
     return rows
 

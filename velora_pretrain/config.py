@@ -11,7 +11,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Iterable
-from typing import Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -21,6 +21,8 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Strict,
+    field_validator,
     model_validator,
 )
 
@@ -37,10 +39,16 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}? " if close else ""
 
 
-class Section(BaseModel):
-    """Base of every table: frozen, strict about keys, help text from docstrings."""
+AsList = Strict(False)
+"""For tuples: their values come as the lists of TOML and JSON, which strict types would refuse."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+class Section(BaseModel):
+    """Base of every table: frozen, strict about keys and types, only finite numbers, help text from docstrings."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class LlamaConfig(Section):
@@ -73,6 +81,10 @@ class LlamaConfig(Section):
     def head_dim(self) -> int:
         """Width of one attention head."""
         return self.hidden_size // self.num_attention_heads
+
+    def input_size(self, projection: Projection) -> int:
+        """Width of what a projection reads."""
+        return self.intermediate_size if projection == "down_proj" else self.hidden_size
 
     @property
     def num_parameters(self) -> int:
@@ -184,7 +196,7 @@ class OptimizerTable(Section):
 
     lr: PositiveFloat = 1e-3
     """Peak learning rate; a mode's own `lr` goes before it."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: Annotated[tuple[float, float], AsList] = (0.9, 0.999)
     """Decay rates of the two moments."""
     eps: PositiveFloat = 1e-8
     """Added to the root of the second moment."""
@@ -246,14 +258,23 @@ class FullTable(Section):
     lr: PositiveFloat | None = None
     """Peak learning rate of this mode; by default `optimizer.lr`."""
 
+    def check_fit(self, dimensions: LlamaConfig) -> None:
+        """Fits every model."""
+
+    @property
+    def unused(self) -> dict[str, str]:
+        """Nothing is set in vain."""
+        return {}
+
 
 class VeLoRATable(Section):
     """`[modes.velora]`: rank-1 sub-token projections (arXiv 2405.17991)."""
 
-    layers: tuple[Projection, ...] | Literal["all"] = ("v_proj", "down_proj")
+    layers: Annotated[tuple[Projection, ...], AsList] | Literal["all"] = ("v_proj", "down_proj")
     """Projections that are compressed; the paper's value and down by default, or all."""
     num_groups: dict[Projection, PositiveInt] = Field(default_factory=dict)
-    """Sub-tokens per token and projection; the paper's at 60m and 130m, else sub-tokens of width near 16."""
+    """Sub-tokens per token and projection; the paper's at 60m and 130m, else sub-tokens of width near 16. Projections
+    that are not in `layers` may be named and are not used."""
     init: Literal["batch_average_once", "running_average", "svd", "random"] = "batch_average_once"
     """How the direction v comes from the data."""
     refresh_every: NonNegativeInt = 0
@@ -270,15 +291,50 @@ class VeLoRATable(Section):
         """The compressed projections by name."""
         return PROJECTIONS if self.layers == "all" else self.layers
 
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _layers_are_projections(cls, layers: Any) -> Any:
+        """Says in one line what a union of types would say in two."""
+        if layers == "all":
+            return layers
+        if not isinstance(layers, list | tuple):
+            raise ValueError(f'modes.velora.layers: give a list of projections, or "all" (got {layers!r})')
+        for name in layers:
+            if name not in PROJECTIONS:
+                raise ValueError(
+                    f"modes.velora.layers: {name!r} is not a projection; {nearest(str(name), PROJECTIONS)}choose from"
+                    f" {', '.join(PROJECTIONS)}"
+                )
+        return layers
+
+    def check_fit(self, dimensions: LlamaConfig) -> None:
+        """Checks the settings that depend on the model's widths.
+
+        Raises:
+            ValueError: the sub-tokens of a compressed projection do not divide its input.
+        """
+        for name in self.projections:
+            width = dimensions.input_size(name)
+            groups = self.num_groups.get(name, 1)
+            if width % groups:
+                fitting = min(
+                    (each for each in range(1, width + 1) if width % each == 0), key=lambda n: abs(n - groups)
+                )
+                raise ValueError(
+                    f"modes.velora.num_groups.{name}: {groups} sub-tokens do not divide the width {width} of what"
+                    f" {name} reads; for example {fitting} do"
+                )
+
+    @property
+    def unused(self) -> dict[str, str]:
+        """Keys of this table that are set but that nothing reads, each with the reason."""
+        reason = f"{{}} is not in modes.velora.layers ({', '.join(self.projections)}), nothing would read this"
+        return {f"num_groups.{name}": reason.format(name) for name in self.num_groups if name not in self.projections}
+
     @model_validator(mode="after")
     def _layers_agree(self) -> VeLoRATable:
         if not self.layers:
             raise ValueError('modes.velora.layers: name at least one projection, or "all"')
-        unused = set(self.num_groups) - set(self.projections)
-        if unused and self.layers != ("v_proj", "down_proj"):
-            raise ValueError(
-                f"modes.velora.num_groups.{sorted(unused)[0]}: this projection is not in modes.velora.layers"
-            )
         if self.refresh_every and self.init == "running_average":
             raise ValueError("modes.velora.refresh_every: a running average moves at every step; leave this 0")
         return self
@@ -312,8 +368,8 @@ class Run(Section):
     """fp32, bf16-mixed (fp32 weights, bf16 arithmetic) or bf16 (weights too)."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
-    seed: NonNegativeInt = 0
-    """Seed of the initial weights and of the data order."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Seed of the initial weights and of the data order, below 2**63."""
     model: ModelTable = ModelTable()
     """Explicit dimensions."""
     batch: BatchTable = BatchTable()
@@ -354,6 +410,7 @@ class Run(Section):
             raise ValueError(
                 f"batch.micro_batch: {self.batch.micro_batch} does not divide batch.sequences {self.batch.sequences}"
             )
+        getattr(self.modes, self.mode).check_fit(dimensions)
         return self
 
     @property
@@ -388,6 +445,12 @@ class Run(Section):
     def lr(self) -> float:
         """Peak learning rate of the chosen mode."""
         return getattr(self.modes, self.mode).lr or self.optimizer.lr
+
+    @property
+    def unused(self) -> dict[str, str]:
+        """Dotted keys that are set but that nothing reads, each with the reason."""
+        tables = {mode: getattr(self.modes, mode) for mode in MODES}
+        return {f"modes.{mode}.{key}": why for mode, table in tables.items() for key, why in table.unused.items()}
 
     @property
     def name(self) -> str:

@@ -19,6 +19,7 @@ from velora_pretrain.nn.velora import (
     compressed_weights,
     default_num_groups,
     directions_of,
+    keepers_of_inputs,
 )
 from velora_pretrain.optim.adamw import AdamW
 
@@ -46,6 +47,10 @@ class Mode(Protocol):
     def after_step(self, model: nn.Module, step: int) -> None:
         """Called after the optimizer has taken `step`."""
 
+    def memory_notes(self) -> list[str]:
+        """What a reader of a memory table should know: whatever looks like a saving and is none."""
+        ...
+
 
 class FullRank:
     """Plain linear layers × AdamW."""
@@ -65,6 +70,10 @@ class FullRank:
 
     def after_step(self, model: nn.Module, step: int) -> None:
         """Nothing to follow up."""
+
+    def memory_notes(self) -> list[str]:
+        """Nothing is claimed."""
+        return []
 
 
 class VeLoRA:
@@ -118,6 +127,11 @@ class VeLoRA:
         if self.settings.init == "running_average":
             for direction in directions_of(model):
                 direction.take()
+
+    def memory_notes(self) -> list[str]:
+        """Names the layers whose input somebody else keeps."""
+        keepers = keepers_of_inputs(self.settings.projections)
+        return [f"{name} saves no activation: {keeper} keeps its input" for name, keeper in keepers.items()]
 
 
 PUBLISHED_GROUPS: dict[tuple[int, int], dict[int, int]] = {

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from velora_pretrain.config import Run, nearest
 from velora_pretrain.errors import UserError
@@ -90,9 +92,14 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+_IN_TOML = {"[Tt]uple": "list", r"dictionary or instance of \w+": "table", "Field required": "Too few values"}
+"""Python's words in pydantic's messages, and TOML's for them."""
+
+
 def _first_problem(error: ValidationError) -> str:
     """One line for the first problem, with its dotted key."""
-    problem = error.errors(include_url=False)[0]
+    problems = error.errors(include_url=False)
+    problem = problems[0]
     path = [str(part) for part in problem["loc"]]
     if problem["type"] == "extra_forbidden":
         table: Any = Run
@@ -101,9 +108,20 @@ def _first_problem(error: ValidationError) -> str:
         return f"{'.'.join(path)}: no such key; {nearest(path[-1], table.model_fields)}see the recipes for the keys"
     if problem["type"] == "value_error":
         return problem["msg"].removeprefix("Value error, ")
-    # A union's members and a literal's alternatives add parts to the path that no recipe contains.
-    keys = [part for part in path if part.isidentifier()]
-    return f"{'.'.join(keys)}: {problem['msg'][0].lower()}{problem['msg'][1:]} (got {problem['input']!r})"
+    key = _dotted(problem)
+    # A union has one problem per member.
+    messages = [each["msg"] for each in problems if _dotted(each) == key]
+    wanted = ", or ".join([messages[0], *(message.removeprefix("Input should be ") for message in messages[1:])])
+    for python, toml in _IN_TOML.items():
+        wanted = re.sub(python, toml, wanted)
+    known = re.findall(r"'(\w[^']*)'", str(problem.get("ctx", {}).get("expected", "")))
+    near = nearest(str(problem["input"]), known)
+    return f"{key}: {wanted[0].lower()}{wanted[1:]}{'; ' if near else ' '}{near}(got {problem['input']!r})"
+
+
+def _dotted(problem: ErrorDetails) -> str:
+    """The key of a problem, without what a union's members and a literal's alternatives add to the path."""
+    return ".".join(part for part in map(str, problem["loc"]) if part.isidentifier())
 
 
 BUNDLED_RECIPES = Path(__file__).parent / "bundled_recipes"
@@ -125,26 +143,48 @@ def find_recipe(name: str) -> Path:
     raise UserError(f"--recipe {name}: no such file; {nearest(name, known)}bundled recipes: {', '.join(sorted(known))}")
 
 
-def resolve(recipe: str | None, options: dict[str, Any], assignments: list[str]) -> Run:
+def resolve(recipe: str | None, options: dict[str, Any], assignments: list[str], *, recorded: bool = False) -> Run:
     """The run that a recipe, named options and `--set` assignments describe, the later before the earlier.
+
+    What is given also goes before what a recipe derived from its own value of it: `optimizer.lr` before the recipe's
+    learning rates of modes, `batch.sequences` before its `batch.micro_batch`.
 
     Args:
         recipe: path or name; None starts from the defaults.
-        options: dotted key to value; None values are options that were not given. `optimizer.lr` also goes before a
-            mode's own learning rate.
+        options: dotted key to value; None values are options that were not given.
         assignments: `dotted.key=value`.
+        recorded: the recipe is the config.toml of a run that goes on, where nothing is derived anew.
 
     Raises:
-        UserError: as `build_run`, `find_recipe` and `apply_override`.
+        UserError: as `build_run`, `find_recipe` and `apply_override`; or a given value is one that nothing reads.
     """
     values = read_recipe(find_recipe(recipe)) if recipe else {}
+    given = _overlaid({}, options, assignments)
+    if not recorded:
+        if "lr" in _table(given, "optimizer"):
+            for mode in _table(values, "modes"):
+                _table(values["modes"], mode).pop("lr", None)
+        if "sequences" in _table(given, "batch"):
+            _table(values, "batch").pop("micro_batch", None)
+    run = build_run(_overlaid(values, options, assignments), where=recipe or "command line")
+    given_keys = _flatten(given)
+    for key, reason in run.unused.items():
+        if key in given_keys:
+            raise UserError(f"command line: {key}: {reason}")
+    return run
+
+
+def _overlaid(values: dict[str, Any], options: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
+    """`values`, in which options and then assignments have been set."""
     for key, value in options.items():
         if value is not None:
             set_dotted(values, key, value)
-    if options.get("optimizer.lr") is not None:
-        for table in values.get("modes", {}).values():
-            if isinstance(table, dict):
-                table.pop("lr", None)
     for assignment in assignments:
         apply_override(values, assignment)
-    return build_run(values, where=recipe or "command line")
+    return values
+
+
+def _table(values: dict[str, Any], name: str) -> dict[str, Any]:
+    """The table of that name; an empty one where there is none or, by a mistake told later, something else."""
+    table = values.get(name)
+    return table if isinstance(table, dict) else {}

@@ -77,6 +77,15 @@ def safe_exp(nats: float) -> float:
     return math.exp(nats) if nats < 700 else math.inf
 
 
+def finite(value: Any) -> Any:
+    """The value with null for what JSON has no number for: a diverged model's infinite perplexity."""
+    if isinstance(value, dict):
+        return {key: finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 class RunFolder:
     """Paths and records of one run."""
 
@@ -90,6 +99,16 @@ class RunFolder:
     def holds_run(self) -> bool:
         """Whether a run has done a step here; one that failed before its first step left nothing to lose."""
         return self.config.exists() and (any(True for _ in self.records()) or bool(self.checkpoints_newest_first()))
+
+    def holds_foreign_config(self) -> bool:
+        """Whether config.toml is no run of ours but somebody else's file, which must not be replaced."""
+        if not self.config.exists():
+            return False
+        try:
+            self.read_run()
+        except UserError:
+            return True
+        return False
 
     def checkpoint(self, step: int) -> Path:
         """Folder of the checkpoint after `step` optimizer steps."""
@@ -118,9 +137,9 @@ class RunFolder:
         write_atomically(self.config, tomli_w.dumps(run.model_dump(mode="json", exclude_none=True)).encode())
 
     def append(self, record: TrainingRecord | EvaluationRecord) -> None:
-        """Appends one line to metrics.jsonl."""
+        """Appends one line to metrics.jsonl, with null for a number that is not finite."""
         with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(record)) + "\n")
+            file.write(json.dumps(finite(asdict(record)), allow_nan=False) + "\n")
 
     def sync_metrics(self) -> None:
         """Brings metrics.jsonl to disk."""
@@ -128,22 +147,25 @@ class RunFolder:
             os.fsync(file.fileno())
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """Every whole record of metrics.jsonl; a last line that a crash cut short is left out."""
+        """Every whole record of metrics.jsonl, None for numbers that were not finite.
+
+        A last line that a crash cut short is left out.
+        """
         if not self.metrics.exists():
             return
         with self.metrics.open(encoding="utf-8") as file:
             for line in file:
                 if line.endswith("\n"):
-                    yield json.loads(line)
+                    yield finite(json.loads(line))
 
     def forget_after(self, step: int) -> None:
         """Drops the records of steps after `step`, which a resumed run does again."""
-        kept = [json.dumps(record) for record in self.records() if record["step"] <= step]
+        kept = [json.dumps(record, allow_nan=False) for record in self.records() if record["step"] <= step]
         write_atomically(self.metrics, "".join(f"{line}\n" for line in kept).encode())
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        """Writes summary.json, whole or not at all."""
-        write_atomically(self.summary, (json.dumps(summary, indent=2) + "\n").encode())
+        """Writes summary.json, whole or not at all, with null for numbers that are not finite."""
+        write_atomically(self.summary, (json.dumps(finite(summary), indent=2, allow_nan=False) + "\n").encode())
 
 
 def step_of(checkpoint: Path) -> int:

@@ -103,13 +103,19 @@ def _decimals(uses: Sequence[Mapping[str, int]]) -> int:
 
 
 def _add_evaluation(table: Table, fields: Mapping[str, Any]) -> None:
-    loss = f"loss {fields['eval_loss_nats_per_token']:.4f} nats/token"
-    table.add_row("validation perplexity", f"{fields['perplexity']:.2f}  ({loss}, {fields['eval_tokens']:,} tokens)")
+    loss = f"loss {_figure(fields['eval_loss_nats_per_token'], 4)} nats/token"
+    perplexity = _figure(fields["perplexity"], 2)
+    table.add_row("validation perplexity", f"{perplexity}  ({loss}, {fields['eval_tokens']:,} tokens)")
     table.add_row(
         "perplexity_paper",
-        f"{fields['perplexity_paper']:.2f}  (as the published tables compute it; far too low over few tokens)",
+        f"{_figure(fields['perplexity_paper'], 2)}  (as the published tables compute it; far too low over few tokens)",
     )
-    table.add_row("bits per byte", f"{fields['bits_per_byte']:.4f}")
+    table.add_row("bits per byte", _figure(fields["bits_per_byte"], 4))
+
+
+def _figure(value: float | None, decimals: int) -> str:
+    """A number; records have None for one that is not finite."""
+    return "not finite" if value is None else f"{value:.{decimals}f}"
 
 
 def _grid() -> Table:

@@ -208,13 +208,7 @@ def test_decay_of_bf16_weights_is_not_lost(update: UpdateRule) -> None:
     for _ in range(300):
         layer.coefficients.grad = torch.randn(M, G) * 1e-3
         optimizer.step()
-    plain = nn.Parameter(make_layer().weight.detach().bfloat16())
-    reference = AdamW([plain], lr=1e-3, weight_decay=1.0)
-    for _ in range(300):
-        plain.grad = torch.randn(M, D).bfloat16() * 1e-3
-        reference.step()
     assert layer.weight.float().norm().item() < 0.995 * start
-    assert layer.weight.float().norm().item() == pytest.approx(plain.float().norm().item(), rel=0.1)
 
 
 def test_loading_a_state_rounds_nothing() -> None:

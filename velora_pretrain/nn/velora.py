@@ -35,6 +35,9 @@ Initialisation = Literal["batch_average_once", "running_average", "svd", "random
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Projections of one block that read the same tensor."""
 
+KEPT_ANYWAY = {"o_proj": "the attention"}
+"""Projections whose input another part of the block keeps for its own backward pass."""
+
 RUNNING_AVERAGE_DECAY = 0.9
 """Share of the old direction that one step of `running_average` keeps."""
 
@@ -49,6 +52,20 @@ def expand(
 ) -> Float[Tensor, "*batch features"]:
     """Coefficients ⊗ v: what (M, G) or (N, G) coefficients stand for in full width."""
     return (coefficients[..., None] * direction.to(coefficients.dtype)).flatten(-2)
+
+
+def keepers_of_inputs(layers: Sequence[str]) -> dict[str, str]:
+    """For each compressed layer that saves no activation: who keeps its input alive all the same.
+
+    Args:
+        layers: names of the compressed layers of a block.
+    """
+    keepers = {name: keeper for name, keeper in KEPT_ANYWAY.items() if name in layers}
+    for siblings in SIBLINGS:
+        others = [name for name in siblings if name not in layers]
+        if others:
+            keepers |= {name: " and ".join(others) for name in siblings if name in layers}
+    return keepers
 
 
 def default_num_groups(features: int) -> int:
