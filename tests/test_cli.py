@@ -347,7 +347,7 @@ def test_evaluation_prints_a_table_or_json(calls: Calls, capsys: pytest.CaptureF
     RunFolder(Path("runs/a")).write_run(Run(size="9m"))
     assert status("eval", "checkpoint", "--tokens", "50", "--data", "sample", "--device", "cpu") == 0
     assert "148.41" in capsys.readouterr().out
-    expected = {"path": Path("runs/a"), "data": "sample", "tokens": 50, "device": "cpu"}
+    expected = {"path": Path("runs/a"), "data": "sample", "tokens": 50, "device": "cpu", "tokenizer_name": None}
     assert calls.evaluated == [expected]
     assert status("eval", "checkpoint", "runs/a", "--json", "-") == 0
     out, err = capsys.readouterr()

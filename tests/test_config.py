@@ -5,7 +5,8 @@ import math
 import pytest
 from pydantic import ValidationError
 
-from velora_pretrain.config import MODES, PROJECTIONS, SIZES, Run, Section
+from velora_pretrain.config import MODES, Run, Section
+from velora_pretrain.dimensions import PROJECTIONS, SIZES
 
 
 @pytest.mark.parametrize(("size", "millions"), [("60m", 58.07), ("130m", 134.11), ("350m", 367.97), ("1b", 1339.08)])

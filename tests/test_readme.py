@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from velora_pretrain import cli
-from velora_pretrain.config import MODES, SIZES
+from velora_pretrain.config import MODES
+from velora_pretrain.dimensions import SIZES
 from velora_pretrain.recipe import resolve
 
 ROOT = Path(__file__).parent.parent

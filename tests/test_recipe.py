@@ -7,7 +7,8 @@ import tomli_w
 from hypothesis import given
 from hypothesis import strategies as st
 
-from velora_pretrain.config import MODES, SIZES, Run
+from velora_pretrain.config import MODES, Run
+from velora_pretrain.dimensions import SIZES
 from velora_pretrain.errors import UserError
 from velora_pretrain.recipe import apply_override, build_run, differences, find_recipe, read_recipe, resolve
 from velora_pretrain.records import RunFolder

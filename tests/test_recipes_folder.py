@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from velora_pretrain.config import MODES, PUBLISHED_STEPS
+from velora_pretrain.config import MODES
+from velora_pretrain.dimensions import PUBLISHED_STEPS
 from velora_pretrain.recipe import read_recipe, resolve
 
 FOLDER = Path(__file__).parent.parent / "recipes"

@@ -100,7 +100,7 @@ def test_matmul_operations_by_hand() -> None:
 def test_the_straightforward_velora_computes_our_gradients() -> None:
     from contenders import compress_straightforwardly
 
-    from velora_pretrain.config import PROJECTIONS, LlamaConfig
+    from velora_pretrain.dimensions import PROJECTIONS, LlamaConfig
     from velora_pretrain.nn.llama import Llama
     from velora_pretrain.nn.velora import VeLoRALinear, compress_linears, expand
 

@@ -2,16 +2,22 @@
 
 import itertools
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load, load_file
 
+from velora_pretrain.data.c4 import resolve
+from velora_pretrain.data.loader import TrainLoader
+from velora_pretrain.data.tokenizer import load_tokenizer
 from velora_pretrain.display import Display
 from velora_pretrain.errors import UserError
+from velora_pretrain.nn.llama import Llama
 from velora_pretrain.recipe import build_run, read_recipe
 from velora_pretrain.records import RunFolder
 from velora_pretrain.trainer import Trainer, train
@@ -54,6 +60,42 @@ def test_it_learns(tiny_run: Callable[..., Any], tmp_path: Path, mode: str, pack
     assert losses[-1] < 0.75 * losses[0]
     assert summary["final_evaluation"]["perplexity"] < 60
     assert summary["tokens"] == records(tmp_path, "tokens")[-1]
+
+
+def test_losses_are_those_of_a_plain_loop_over_transformers(tiny_run: Callable[..., Any], tmp_path: Path) -> None:
+    """Schedule, accumulation, clipping, decay and zeroing, written out once more with transformers and torch."""
+    run = tiny_run(optimizer__clip_norm=0.8, optimizer__weight_decay=0.1, schedule__warmup_steps=2)
+    trained(run, tmp_path)
+
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**run.llama.model_dump()))
+    theirs.load_state_dict(Llama(run.llama, seed=run.seed).state_dict())
+    matrices = [p for p in theirs.parameters() if p.ndim == 2]
+    norms = [p for p in theirs.parameters() if p.ndim == 1]
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}])
+    source = resolve(run.data, split="train", holdout_every_documents=10)
+    losses = []
+    with TrainLoader(
+        source,
+        load_tokenizer(run.tokenizer),
+        packing="pad",
+        sequence_length=32,
+        sequences=8,
+        seed=run.seed,
+        shuffle_block_documents=16,
+    ) as loader:
+        for step in range(1, 7):
+            batch = next(loader)
+            decay = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (step - 2) / 4))
+            for group in optimizer.param_groups:
+                group["lr"] = 0.01 * (0.5 if step == 1 else decay)
+            logits = theirs(batch.inputs).logits
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.8)
+            optimizer.step()
+            losses.append(loss.item())
+    assert records(tmp_path, "loss_nats_per_token") == pytest.approx(losses, rel=2e-5)
 
 
 def test_records_and_summary_have_the_contracts_fields(tiny_run: Callable[..., Any], tmp_path: Path) -> None:

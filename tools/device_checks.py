@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from contenders import Work, compress_straightforwardly
 from torch import Tensor, nn
 
-from velora_pretrain.config import LlamaConfig, Precision
+from velora_pretrain.config import Precision
 from velora_pretrain.devices import autocast
+from velora_pretrain.dimensions import LlamaConfig
 from velora_pretrain.modes import build_mode
 from velora_pretrain.nn.llama import Llama
 from velora_pretrain.nn.loss import linear_cross_entropy

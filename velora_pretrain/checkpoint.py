@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from velora_pretrain.config import LlamaConfig
+from velora_pretrain.dimensions import LlamaConfig
 from velora_pretrain.errors import UserError
 from velora_pretrain.nn.llama import Llama
 from velora_pretrain.records import RunFolder

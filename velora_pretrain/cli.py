@@ -149,6 +149,10 @@ def eval_checkpoint(
     ] = None,
     data: Annotated[str | None, typer.Option(help=DATA_HELP)] = None,
     tokens: Annotated[int | None, typer.Option(help="Validation tokens to score.", min=1)] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="bundled, a SentencePiece model's path, or a hub name; by default the folder's own."),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     json_file: Json = None,
 ) -> None:
@@ -164,7 +168,9 @@ def eval_checkpoint(
     from velora_pretrain.evaluation import evaluate_checkpoint
 
     with make_display(output_is_data=json_file == "-") as display:
-        fields = evaluate_checkpoint(path, data=data, tokens=tokens, device=device, display=display)
+        fields = evaluate_checkpoint(
+            path, data=data, tokens=tokens, device=device, display=display, tokenizer_name=tokenizer
+        )
     if process_rank() == 0:
         _write_json(json_file, fields)
         if json_file != "-":

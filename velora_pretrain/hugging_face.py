@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from velora_pretrain.checkpoint import CONFIG, WEIGHTS, read_tensors
-from velora_pretrain.config import LlamaConfig
+from velora_pretrain.dimensions import LlamaConfig
 from velora_pretrain.errors import UserError
 from velora_pretrain.nn.llama import Llama
 

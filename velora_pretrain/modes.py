@@ -13,7 +13,8 @@ from typing import Any, Protocol, runtime_checkable
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
-from velora_pretrain.config import Projection, Run
+from velora_pretrain.config import Run
+from velora_pretrain.dimensions import Projection
 from velora_pretrain.nn.velora import (
     compress_linears,
     compressed_weights,

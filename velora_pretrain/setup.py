@@ -131,6 +131,8 @@ def _recorded_run(run: Run, folder: RunFolder, *, resume: bool) -> Run | None:
         raise UserError(
             f"{folder.path}: already holds a run; go on with it by --resume, or give another folder by --run-dir"
         )
+    if folder.holds_foreign_config():
+        raise UserError(f"{folder.config}: is no run of velora-pretrain; give another folder by --run-dir")
     if folder.path.exists() and not folder.path.is_dir():
         raise UserError(f"{folder.path}: is a file, not a folder; give another --run-dir")
     return None

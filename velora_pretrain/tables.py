@@ -83,7 +83,12 @@ def print_memory_rows(rows: Sequence[Mapping[str, Any]], console: Console | None
             if row[kind]:
                 figures = [gib(row[kind][key], decimals) for key in MEMORY_CATEGORIES]
                 table.add_row(row["mode"], _words(own) or "default", kind, *figures)
-    (console or output_console()).print(table)
+    console = console or output_console()
+    console.print(table)
+    for row in rows:
+        own = _words({key: value for key, value in row["options"].items() if key not in common}) or "default"
+        for note in row.get("notes", ()):
+            console.print(f"{row['mode']}, {own}: {note}", markup=False, highlight=False)
 
 
 def output_console() -> Console:

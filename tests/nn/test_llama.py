@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from velora_pretrain.config import SIZES, LlamaConfig
+from velora_pretrain.dimensions import SIZES, LlamaConfig
 from velora_pretrain.nn.llama import Llama, RMSNorm, rotary_tables, rotate, swiglu
 from velora_pretrain.nn.loss import IGNORE_INDEX
 

@@ -7,7 +7,7 @@ import torch
 import transformers
 from torch import nn
 
-from velora_pretrain.config import LlamaConfig
+from velora_pretrain.dimensions import LlamaConfig
 from velora_pretrain.errors import UserError
 from velora_pretrain.nn.llama import Llama, project
 from velora_pretrain.nn.velora import (

@@ -27,7 +27,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from velora_pretrain.config import LlamaConfig
+from velora_pretrain.dimensions import LlamaConfig
 from velora_pretrain.nn.loss import linear_cross_entropy
 
 
