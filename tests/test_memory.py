@@ -1,5 +1,6 @@
 """Memory: predicted and measured by one tracker, against a closed form."""
 
+import gc
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -134,6 +135,20 @@ def test_what_the_graph_keeps_is_a_saved_activation_unless_it_is_a_weight() -> N
         tracker.forget_peak()
         assert tracker.use.saved_activations_bytes == 0
         assert tracker.use.gradients_bytes == 400
+
+
+def test_a_graph_that_is_dropped_is_gone_at_once() -> None:
+    """Also where an operation keeps its own output, which would keep itself alive if the tracker held it."""
+    model = nn.Linear(10, 10, bias=False)
+    gc.disable()
+    try:
+        with MemoryTracker(model, torch.optim.SGD(model.parameters())) as tracker:
+            kept = model(torch.ones(30, 10)).exp().sum()
+            del kept
+            tracker.forget_peak()
+            assert tracker.use.saved_activations_bytes == 0
+    finally:
+        gc.enable()
 
 
 def test_auto_micro_batch_divides_and_fits(tiny_run: Callable[..., Any]) -> None:

@@ -107,7 +107,7 @@ def test_a_layer_that_saves_nothing_is_said_to(
 ) -> None:
     """The closed form in test_memory.py counts what these notes say."""
     notes = build_mode(tiny_run(mode="velora", modes__velora__layers=layers)).memory_notes()
-    assert notes == [f"{name} saves no activation: {keeper} keeps its input" for name, keeper in named.items()]
+    assert notes == [f"{name} saves no activation: its input is kept for {keeper}" for name, keeper in named.items()]
 
 
 def test_the_first_direction_is_of_the_whole_first_batch_and_stays(tiny_run: Callable[..., Any]) -> None:

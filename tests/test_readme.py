@@ -127,3 +127,27 @@ def test_every_assignment_and_key_in_the_text_exists():
 def test_every_path_in_the_text_exists():
     paths = {word for command in COMMANDS for word in shlex.split(command) if word.endswith(".py")} | {"recipes/"}
     assert not [path for path in paths if not (ROOT / path).exists()]
+
+
+def test_the_library_example_trains_a_model_of_the_users_own():
+    import torch
+    import transformers
+
+    (example,) = re.findall(r"^```python\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2
+        )
+    )
+    names = {"model": model}
+    exec(example, names)
+    tokens = torch.randint(0, 50, (4, 12))
+    losses = []
+    for _ in range(20):
+        loss = model(tokens, labels=tokens).loss
+        loss.backward()
+        names["optimizer"].step()
+        names["optimizer"].zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1

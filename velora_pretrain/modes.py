@@ -21,6 +21,7 @@ from velora_pretrain.nn.velora import (
     default_num_groups,
     directions_of,
     keepers_of_inputs,
+    move_running_averages,
 )
 from velora_pretrain.optim.adamw import AdamW
 
@@ -125,14 +126,12 @@ class VeLoRA:
 
     def after_step(self, model: nn.Module, step: int) -> None:
         """Moves running averages by what this step's batch has shown."""
-        if self.settings.init == "running_average":
-            for direction in directions_of(model):
-                direction.take()
+        move_running_averages(model)
 
     def memory_notes(self) -> list[str]:
         """Names the layers whose input somebody else keeps."""
         keepers = keepers_of_inputs(self.settings.projections)
-        return [f"{name} saves no activation: {keeper} keeps its input" for name, keeper in keepers.items()]
+        return [f"{name} saves no activation: its input is kept for {keeper}" for name, keeper in keepers.items()]
 
 
 PUBLISHED_GROUPS: dict[tuple[int, int], dict[int, int]] = {

@@ -19,6 +19,7 @@ from velora_pretrain.nn.velora import (
     default_num_groups,
     directions_of,
     expand,
+    move_running_averages,
 )
 
 N, D, M, G = 14, 12, 5, 4
@@ -187,7 +188,7 @@ def test_running_average_moves_with_every_step() -> None:
     torch.testing.assert_close(layer.direction.vector, normal(first))
     layer(second)
     torch.testing.assert_close(layer.direction.vector, normal(first))
-    layer.direction.take()
+    move_running_averages(layer)
     expected = nn.functional.normalize(0.9 * normal(first) + 0.1 * normal(second), dim=0)
     torch.testing.assert_close(layer.direction.vector, expected)
     with torch.no_grad():

@@ -314,7 +314,7 @@ def compress_linears(
         model: the model; do this before it is moved, cast or wrapped, and before an optimizer is built.
         layers: last parts of the names of the linear layers.
         num_groups: sub-tokens per token by layer name; `default_num_groups` for names that are missing.
-        init: see `Direction`.
+        init: see `Direction`; `running_average` wants `move_running_averages` after each step.
         scale: factor on the weight gradients.
         seed: of `random` directions.
 
@@ -363,6 +363,13 @@ def compress_linears(
 def directions_of(model: nn.Module) -> list[Direction]:
     """Every direction of `model`, once."""
     return [module for module in model.modules() if isinstance(module, Direction)]
+
+
+def move_running_averages(model: nn.Module) -> None:
+    """Moves the directions of `running_average` by what was seen since the last call; call it after each step."""
+    for direction in directions_of(model):
+        if direction.init == "running_average":
+            direction.take()
 
 
 def compressed_weights(model: nn.Module) -> dict[nn.Parameter, tuple[nn.Parameter, Tensor]]:
