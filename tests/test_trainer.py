@@ -365,3 +365,13 @@ def test_weights_that_are_not_finite_are_not_saved(
     with pytest.raises(UserError, match=r"step 1: .* is not finite, so no checkpoint is written"):
         trained(tiny_run(checkpoint__every_steps=1), tmp_path)
     assert list(RunFolder(tmp_path).checkpoints.iterdir()) == []
+
+
+def test_a_record_that_a_crash_cut_short_is_left_out(tiny_run: Callable[..., Any], tmp_path: Path) -> None:
+    run = tiny_run(checkpoint__every_steps=2)
+    expected = trained(run, tmp_path)
+    folder = RunFolder(tmp_path)
+    whole = folder.metrics.read_bytes()
+    folder.metrics.write_bytes(whole + b'{"step": 7, "tok')
+    assert len(list(folder.records())) == whole.count(b"\n")
+    assert trained(run, tmp_path, resume=True)["final_evaluation"] == expected["final_evaluation"]
