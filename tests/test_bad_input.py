@@ -38,9 +38,13 @@ def lines(*texts: Any) -> bytes:
 
 
 SUMMARY = {
-    "final_evaluation": dict.fromkeys(
-        ("eval_loss_nats_per_token", "perplexity", "perplexity_paper", "bits_per_byte", "eval_tokens"), 1
-    ),
+    "final_evaluation": {
+        "eval_loss_nats_per_token": 1.0,
+        "perplexity": 1.0,
+        "perplexity_paper": 1.0,
+        "bits_per_byte": 1.0,
+        "eval_tokens": 1,
+    },
     "peak_memory_bytes": 1,
     "tokens_per_second": 1.0,
     "seconds": 1.0,
