@@ -8,8 +8,9 @@ import torch
 
 from velora_pretrain.config import MODES as MODE_NAMES
 from velora_pretrain.modes import MODES, build_mode, parameter_groups
+from velora_pretrain.nn.direction import directions_of
 from velora_pretrain.nn.llama import Llama
-from velora_pretrain.nn.velora import VeLoRALinear, directions_of
+from velora_pretrain.nn.velora import VeLoRALinear
 from velora_pretrain.recipe import resolve
 
 

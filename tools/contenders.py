@@ -26,9 +26,10 @@ from torch.optim.optimizer import Optimizer
 from velora_pretrain.config import Precision, Run
 from velora_pretrain.devices import WEIGHT_DTYPES, autocast, default_dtype
 from velora_pretrain.modes import build_mode
+from velora_pretrain.nn.direction import Direction
 from velora_pretrain.nn.llama import Llama
 from velora_pretrain.nn.loss import IGNORE_INDEX
-from velora_pretrain.nn.velora import Direction, VeLoRALinear
+from velora_pretrain.nn.velora import VeLoRALinear
 from velora_pretrain.recipe import resolve
 
 CONTENDERS: dict[str, dict[str, Any]] = {

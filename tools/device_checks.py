@@ -15,9 +15,10 @@ from velora_pretrain.config import Precision
 from velora_pretrain.devices import autocast
 from velora_pretrain.dimensions import LlamaConfig
 from velora_pretrain.modes import build_mode
+from velora_pretrain.nn.direction import Direction
 from velora_pretrain.nn.llama import Llama
 from velora_pretrain.nn.loss import linear_cross_entropy
-from velora_pretrain.nn.velora import Direction, VeLoRALinear, compress, expand
+from velora_pretrain.nn.velora import VeLoRALinear, compress, expand
 
 MODES = ("full", "velora", "velora-all")
 SMALL = LlamaConfig(

@@ -1,8 +1,8 @@
 """Validation perplexity: sum of nats over the number of targets, and the published repositories' number beside it.
 
-The released code of VeLoRA (and of GaLore and ReLoRA, from which it descends) averages the mean losses of batches and
-starts the count of batches at 1, so that n batches are divided by n + 1. On each of 4 GPUs it does so over batches of
-128 sequences, and averages the GPUs. `perplexity_paper` is that number, for holding a result against a published table;
+The released code behind the published tables averages the mean losses of batches and starts the count of batches at 1,
+so that n batches are divided by n + 1. For 60m it does so on each of 4 GPUs over batches of 128 sequences, and averages
+the GPUs. `perplexity_paper` is that number, for holding a result against a published table;
 it is too low, by some 2 to 4 % over 10M tokens and by far more over fewer.
 """
 

@@ -15,14 +15,8 @@ from torch.optim.optimizer import Optimizer
 
 from velora_pretrain.config import Run
 from velora_pretrain.dimensions import Projection
-from velora_pretrain.nn.velora import (
-    compress_linears,
-    compressed_weights,
-    default_num_groups,
-    directions_of,
-    keepers_of_inputs,
-    move_running_averages,
-)
+from velora_pretrain.nn.direction import directions_of, move_running_averages
+from velora_pretrain.nn.velora import compress_linears, compressed_weights, default_num_groups, keepers_of_inputs
 from velora_pretrain.optim.adamw import AdamW
 
 

@@ -9,17 +9,15 @@ from torch import nn
 
 from velora_pretrain.dimensions import LlamaConfig
 from velora_pretrain.errors import UserError
+from velora_pretrain.nn.direction import Direction, directions_of, move_running_averages
 from velora_pretrain.nn.llama import Llama, project
 from velora_pretrain.nn.velora import (
-    Direction,
     VeLoRALinear,
     compress,
     compress_linears,
     compressed_weights,
     default_num_groups,
-    directions_of,
     expand,
-    move_running_averages,
 )
 
 N, D, M, G = 14, 12, 5, 4

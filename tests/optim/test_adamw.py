@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from velora_pretrain.nn.velora import Direction, VeLoRALinear, compressed_weights, expand
+from velora_pretrain.nn.direction import Direction
+from velora_pretrain.nn.velora import VeLoRALinear, compressed_weights, expand
 from velora_pretrain.optim.adamw import AdamW, UpdateRule
 
 M, D, G = 6, 20, 5

@@ -20,26 +20,21 @@ saves no activation, only the cheaper gradient; and inputs far from v give a gra
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from velora_pretrain.errors import UserError
-
-Initialisation = Literal["batch_average_once", "running_average", "svd", "random"]
+from velora_pretrain.nn.direction import Direction, Initialisation
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Projections of one block that read the same tensor."""
 
 KEPT_ANYWAY = {"o_proj": "the attention"}
 """Projections whose input another part of the block keeps for its own backward pass."""
-
-RUNNING_AVERAGE_DECAY = 0.9
-"""Share of the old direction that one step of `running_average` keeps."""
 
 
 def compress(x: Float[Tensor, "*batch features"], direction: Float[Tensor, " width"]) -> Float[Tensor, "*batch groups"]:
@@ -121,104 +116,6 @@ class _CompressedLinears(torch.autograd.Function):
         ]
         biases = [dy.sum(0) if needed else None for dy, needed in zip(dys, needs_bias, strict=True)]
         return dx, None, None, None, *[None] * ctx.num_layers, *biases, *coefficients
-
-
-class Direction(nn.Module):
-    """v: (s,), the unit vector of one compressed input, shared by the layers that read this input.
-
-    Args:
-        features: D, the width of the input.
-        num_groups: G, the number of sub-tokens; divides D.
-        init: how v comes from the data. `batch_average_once`: the normalised mean sub-token; `running_average`: the
-            same, moved by every step; `svd`: the top right-singular vector of the sub-tokens; `random`: without data.
-        generator: draws the `random` direction.
-        device: of v.
-        dtype: of v; fp32 or wider, whatever the weights are.
-
-    Raises:
-        ValueError: `num_groups` does not divide `features`.
-    """
-
-    vector: Float[Tensor, " width"]
-    ready: Tensor
-    statistics: Tensor
-
-    def __init__(
-        self,
-        features: int,
-        num_groups: int,
-        *,
-        init: Initialisation = "batch_average_once",
-        generator: torch.Generator | None = None,
-        device: torch.device | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        super().__init__()
-        if features % num_groups:
-            raise ValueError(f"num_groups {num_groups} does not divide the width {features}")
-        width = features // num_groups
-        self.num_groups, self.init = num_groups, init
-        self.observing = False
-        vector = torch.zeros(width, dtype=dtype)
-        if init == "random":
-            vector = F.normalize(torch.randn(width, generator=generator, dtype=dtype), dim=0)
-        self.register_buffer("vector", vector.to(device))
-        self.register_buffer("ready", torch.tensor(init == "random", device=device))
-        shape = (width, width) if init == "svd" else (width,)
-        self.register_buffer("statistics", torch.zeros(shape, dtype=dtype, device=device), persistent=False)
-        self.is_ready = init == "random"
-
-    def watch(self, x: Float[Tensor, "*batch features"]) -> None:
-        """Called with each input before it is compressed: gathers what v is made from, while that is wanted.
-
-        A direction that nobody has set is taken from the first input that it trains on, as in the released code.
-        """
-        if self.observing or (self.init == "running_average" and torch.is_grad_enabled()):
-            self._observe(x)
-        if not (self.is_ready or self.observing) and torch.is_grad_enabled():
-            if self.init != "running_average":
-                self._observe(x)
-            self.take()
-
-    def _observe(self, x: Tensor) -> None:
-        """Adds the sub-tokens' sum (s,), or their second moment (s, s), to the statistics."""
-        with torch.no_grad():
-            sub_tokens = x.detach().reshape(-1, self.vector.numel()).to(self.statistics.dtype)
-            self.statistics += sub_tokens.t() @ sub_tokens if self.init == "svd" else sub_tokens.sum(0)
-
-    @torch.no_grad()
-    def take(self) -> None:
-        """Sets v from the statistics gathered on all ranks, and clears them."""
-        if self.init == "random":
-            return
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(self.statistics)
-        if self.init == "svd":
-            # The top eigenvector of the second moment is the top right-singular vector; eigh sorts upwards.
-            new = torch.linalg.eigh(self.statistics.cpu().double())[1][:, -1].to(self.vector)
-            # An eigenvector's sign is free: fixed by the largest entry, so that every machine takes the same one.
-            new *= new.gather(0, new.abs().argmax(0, keepdim=True)).sign()
-        else:
-            new = F.normalize(self.statistics, dim=0)
-        if self.init == "running_average" and self.is_ready:
-            new = F.normalize(RUNNING_AVERAGE_DECAY * self.vector + (1 - RUNNING_AVERAGE_DECAY) * new, dim=0)
-        self.vector.copy_(new)
-        self.statistics.zero_()
-        self.ready.fill_(True)
-        self.is_ready = True
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        self.is_ready = bool(self.ready)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Direction:
-        """Moves between devices; v stays in fp32 whatever the weights become."""
-        vector, statistics = self.vector, self.statistics
-        super()._apply(fn, recurse)
-        device = self.vector.device
-        if vector.device.type != "meta":
-            self.vector, self.statistics = vector.to(device), statistics.to(device)
-        return self
 
 
 class VeLoRALinear(nn.Module):
@@ -358,18 +255,6 @@ def compress_linears(
     if missing:
         raise UserError(f"modes.velora.layers: no linear layer of the model is named {missing[0]}")
     return new_layers
-
-
-def directions_of(model: nn.Module) -> list[Direction]:
-    """Every direction of `model`, once."""
-    return [module for module in model.modules() if isinstance(module, Direction)]
-
-
-def move_running_averages(model: nn.Module) -> None:
-    """Moves the directions of `running_average` by what was seen since the last call; call it after each step."""
-    for direction in directions_of(model):
-        if direction.init == "running_average":
-            direction.take()
 
 
 def compressed_weights(model: nn.Module) -> dict[nn.Parameter, tuple[nn.Parameter, Tensor]]:
