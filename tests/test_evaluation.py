@@ -156,6 +156,20 @@ def test_run_folder_checkpoint_and_foreign_folder(tiny_run: Callable[..., Any], 
     assert scored(folder.path, data=run.data)["perplexity"] == pytest.approx(alone["perplexity"])
 
 
+def test_a_folder_without_a_tokenizer_takes_one_by_name(tiny_run: Callable[..., Any], tmp_path: Path) -> None:
+    """The barest Hugging Face folder: config.json and model.safetensors."""
+    run = tiny_run()
+    trained(run, tmp_path / "run")
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(RunFolder(tmp_path / "run").checkpoint(6) / name, bare)
+    with pytest.raises(UserError, match="--tokenizer"):
+        scored(bare, data=run.data)
+    expected = scored(tmp_path / "run", data=run.data)
+    assert scored(bare, data=run.data, tokenizer_name=run.tokenizer)["perplexity"] == expected["perplexity"]
+
+
 def test_a_limit_on_tokens(tiny_run: Callable[..., Any], tmp_path: Path) -> None:
     trained(tiny_run(), tmp_path)
     result = scored(tmp_path, tokens=100)

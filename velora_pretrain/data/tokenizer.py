@@ -178,7 +178,10 @@ def _file_in_folder(folder: Path) -> Path:
     for name in MODEL_FILES:
         if (folder / name).is_file():
             return folder / name
-    raise UserError(f"tokenizer: {folder} holds no {' or '.join(MODEL_FILES)}; give a folder that does, or the file")
+    raise UserError(
+        f"tokenizer: {folder} holds no {' or '.join(MODEL_FILES)};"
+        " give --tokenizer a file, a folder that has one, or a name"
+    )
 
 
 def _download_within(name: str, deadline_seconds: float) -> Path:
