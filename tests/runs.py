@@ -15,6 +15,16 @@ import sentencepiece
 ROOT = Path(__file__).parents[1]
 WORDS = [f"{a}{b}" for a in ("ba", "ce", "di", "fo", "gu", "ha", "ki") for b in ("l", "mer", "nos", "p", "rat", "sun")]
 
+MODEL = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+"""Dimensions of a small model, with grouped queries."""
+
 
 def write_documents(path: Path, count: int, seed: int = 0) -> Path:
     """JSON lines of word chains with a grammar that a small model can learn: each word has few successors."""
@@ -55,15 +65,7 @@ def values(data: Path, tokenizer: Path, /, **changes: Any) -> dict[str, Any]:
         "data": str(data),
         "tokenizer": str(tokenizer),
         "device": "cpu",
-        "model": {
-            "vocab_size": 128,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 32,
-        },
+        "model": {**MODEL, "max_position_embeddings": 32},
         "batch": {"sequences": 8, "micro_batch": 4, "sequence_length": 32},
         "schedule": {"steps": 6},
         "optimizer": {"lr": 0.01},

@@ -9,20 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import runs
 import torch
 from torch import nn
 
 ROOT = Path(__file__).parents[1]
-TINY = {
-    "vocab_size": 128,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
-SETTINGS = [f"--set=model.{key}={value}" for key, value in TINY.items()]
-TINY_STEP = [*SETTINGS, "--micro-batch=2", "--sequence-length=16", "--rounds=3", "--threads=1"]
+SETTINGS = [f"--set=model.{key}={value}" for key, value in runs.MODEL.items()]
+runs.MODEL_STEP = [*SETTINGS, "--micro-batch=2", "--sequence-length=16", "--rounds=3", "--threads=1"]
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +36,7 @@ def figures(tool: str, path: Path, *arguments: str) -> dict[str, Any]:
 def test_bench_step_times_every_contender(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from contenders import CONTENDERS
 
-    arguments = [*TINY_STEP, "--contenders", *CONTENDERS, "--baseline=full", "--accumulation=2", "--grad-norm"]
+    arguments = [*runs.MODEL_STEP, "--contenders", *CONTENDERS, "--baseline=full", "--accumulation=2", "--grad-norm"]
     content = figures("bench_step", tmp_path / "step.json", *arguments)
     rows = {row["contender"]: row for row in content["rows"]}
     assert set(rows) == set(CONTENDERS)
@@ -69,7 +62,7 @@ def test_bench_step_times_every_contender(tmp_path: Path, capsys: pytest.Capture
 
 @pytest.mark.parametrize("dtype", ["bf16-mixed", "bf16"])
 def test_bench_step_in_blocks_and_low_precision(tmp_path: Path, dtype: str) -> None:
-    arguments = [*TINY_STEP, "--one-at-a-time", "--blocks=2", f"--dtype={dtype}"]
+    arguments = [*runs.MODEL_STEP, "--one-at-a-time", "--blocks=2", f"--dtype={dtype}"]
     content = figures(
         "bench_step", tmp_path / "step.json", *arguments, "--contenders", "full", "straightforward-velora"
     )
@@ -80,7 +73,7 @@ def test_a_baseline_that_does_not_run_is_refused() -> None:
     import bench_step
 
     with pytest.raises(SystemExit):
-        bench_step.main([*TINY_STEP, "--contenders", "full", "--baseline", "velora"])
+        bench_step.main([*runs.MODEL_STEP, "--contenders", "full", "--baseline", "velora"])
 
 
 def test_matmul_operations_by_hand() -> None:
@@ -104,13 +97,13 @@ def test_the_straightforward_velora_computes_our_gradients() -> None:
     from velora_pretrain.nn.llama import Llama
     from velora_pretrain.nn.velora import VeLoRALinear, compress_linears, expand
 
-    ours = Llama(LlamaConfig(**TINY), seed=0).double()
+    ours = Llama(LlamaConfig(**runs.MODEL), seed=0).double()
     plain = copy.deepcopy(ours)
     num_groups = {name: 6 if name == "down_proj" else 8 for name in PROJECTIONS}
     compress_linears(ours, layers=PROJECTIONS, num_groups=num_groups)
     compress_straightforwardly(plain, num_groups)
     assert not any(isinstance(m, nn.Linear) for m in plain.model.modules())
-    tokens = torch.randint(TINY["vocab_size"], (3, 12), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(runs.MODEL["vocab_size"], (3, 12), generator=torch.Generator().manual_seed(0))
     losses = [model(tokens, tokens) for model in (ours, plain)]
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-12, atol=0)
     for loss in losses:

@@ -69,17 +69,17 @@ def save(
         keep_last: whole checkpoints to keep, this one included.
 
     Raises:
-        UserError: the disk is full or not writable; earlier checkpoints are untouched.
+        UserError: a weight is not finite, or the disk is full or not writable; earlier checkpoints are untouched.
     """
     target = folder.checkpoint(step)
     temporary = target.with_name(f".{target.name}.tmp")
+    weights, own = split_state(model, config)
+    bad = next((name for name, tensor in weights.items() if not tensor.isfinite().all()), None)
+    if bad:
+        raise UserError(f"step {step}: {bad} is not finite, so no checkpoint is written; earlier ones are whole")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        weights, own = split_state(model, config)
-        bad = next((name for name, tensor in weights.items() if not tensor.isfinite().all()), None)
-        if bad:
-            raise UserError(f"step {step}: {bad} is not finite, so no checkpoint is written; earlier ones are whole")
         save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
         save_file(own | _optimizer_tensors(model, optimizer) | _random_states(), temporary / STATE_TENSORS)
         dtype = DTYPE_NAMES[next(iter(weights.values())).dtype]
@@ -94,10 +94,8 @@ def save(
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
         _to_disk(target.parent)
-    except (OSError, SafetensorError, UserError) as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, UserError):
-            raise
         raise UserError(
             f"{target}: the checkpoint could not be written ({_reason(error)}); earlier checkpoints are whole:"
             f" free some space and go on with --resume --run-dir {folder.path}"

@@ -92,7 +92,7 @@ class VeLoRA:
     def _num_groups(self, projection: Projection) -> int:
         """From the recipe, else the published number for these dimensions, else sub-tokens of width near 16."""
         dimensions = self.run.llama
-        features = dimensions.intermediate_size if projection == "down_proj" else dimensions.hidden_size
+        features = dimensions.input_size(projection)
         published = PUBLISHED_GROUPS.get((dimensions.hidden_size, dimensions.intermediate_size), {})
         return self.settings.num_groups.get(projection) or published.get(features) or default_num_groups(features)
 

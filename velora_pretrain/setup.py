@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
@@ -19,8 +18,6 @@ from velora_pretrain.data.tokenizer import Tokenizer, check_vocabulary, load_tok
 from velora_pretrain.display import Display
 from velora_pretrain.errors import UserError
 from velora_pretrain.evaluation import has_separate_validation, validation_source
-from velora_pretrain.modes import build_mode
-from velora_pretrain.nn.llama import Llama
 from velora_pretrain.prediction import USABLE_SHARE, choose_micro_batch, free_memory_bytes
 from velora_pretrain.recipe import differences
 from velora_pretrain.records import RunFolder
@@ -58,8 +55,6 @@ def prepare(run: Run, folder: RunFolder, *, resume: bool, accelerator: Accelerat
             f"batch.sequences: {run.batch.sequences} sequences cannot be shared evenly by"
             f" {accelerator.num_processes} processes"
         )
-    with torch.device("meta"):
-        build_mode(run).adapt(Llama(run.llama))  # what does not fit the model is said before anything is written
     source = _training_source(run, accelerator)
     if source.fallback_reason:
         display.warn(
