@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from velora_pretrain.optim.schedule import lr_multiplier
+from velora_pretrain.optim.schedule import lr_multiplier, restart_multiplier
 
 
 def course(kind: str, steps: int = 100, warmup: int = 10) -> list[float]:
@@ -40,3 +40,20 @@ def test_it_never_rises_after_the_warm_up() -> None:
 def test_no_warm_up_and_all_warm_up() -> None:
     assert course("cosine", warmup=0)[0] == pytest.approx(1.0, abs=1e-3)
     assert course("cosine", steps=10, warmup=10) == pytest.approx([k / 10 for k in range(1, 11)])
+
+
+def test_restarts_warm_up_each_and_the_beginning_does_not() -> None:
+    course = [restart_multiplier(step, restart_every=6, warmup_steps=4) for step in range(1, 19)]
+    assert course == [1.0] * 6 + [0.25, 0.5, 0.75, 1.0, 1.0, 1.0] * 2
+
+
+def test_restarts_without_warm_up_with_a_long_one_and_none() -> None:
+    assert [restart_multiplier(step, restart_every=2, warmup_steps=0) for step in range(1, 6)] == [1.0] * 5
+    assert [restart_multiplier(step, restart_every=2, warmup_steps=4) for step in range(1, 6)] == [
+        1,
+        1,
+        0.25,
+        0.5,
+        0.25,
+    ]
+    assert [restart_multiplier(step, restart_every=0, warmup_steps=4) for step in range(1, 6)] == [1.0] * 5

@@ -1,28 +1,33 @@
-"""AdamW (arXiv 1711.05101) for plain parameters and for weights whose gradient is a rank-1 factor.
+"""AdamW (arXiv 1711.05101), and rules for the parameters that move otherwise.
 
-A factored weight W: (M, D) receives its gradient as C: (M, G), which stands for C ⊗ v with v: (s,), s = D / G, ‖v‖ = 1.
+A parameter without a rule goes to PyTorch's fused kernel, so that full-rank training is the best AdamW there is. A rule
+moves one parameter from its gradient, its state and its group's settings; each memory-saving method of this package is
+a rule in a file of its own, so methods combine by being given to different parameters. Moments are fp32, or wider where
+the gradient is, or kept in 8 bits (`moments.py`).
+
+The rule of this file is `Factored`. A factored weight W: (M, D) receives its gradient as C: (M, G), which stands for C ⊗ v with v: (s,), s = D / G, ‖v‖ = 1.
 The moments live in (M, G) too, s times smaller than W's. Two update rules:
 
     dense       AdamW on C ⊗ v, element by element. Its moments are m ⊗ v and u ⊗ v², so its step is recovered exactly:
                 m̂ v_j / (√û |v_j| + ε). This is what a dense optimizer would do, without its memory.
     projected   AdamW on C: ΔW = √s · m̂ / (√û + ε) ⊗ v. The step stays along v; √s gives its elements, on average, the
                 size of the dense rule's.
-
-Moments are fp32, or wider where the gradient is. Plain parameters go to PyTorch's fused kernel, so that full-rank
-training is the best AdamW there is.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer
+
+from velora_pretrain.optim.moments import keep_moment, load_moment, wide
 
 UpdateRule = Literal["dense", "projected"]
 
@@ -97,45 +102,153 @@ def _row_chunks(weight: Tensor, *coefficients: Tensor) -> Iterable[tuple[Tensor,
 _STEPS: dict[str, Callable[..., None]] = {"dense": dense_step_, "projected": projected_step_}
 
 
-class AdamW(Optimizer):
-    """AdamW over plain parameters and factored weights.
+def move_moments(gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Counts a step, moves both moments by `gradient`, and gives them bias-corrected: m̂ and √û.
 
     Args:
-        params: parameters or groups. A parameter that is a key of `factored` is the handle P of a factored weight.
-        factored: for each handle, the weight it moves (M, D), and v (s,); what `nn.velora.compressed_weights` gives.
+        gradient: of any shape, which is that of the moments.
+        state: holds `step`, `exp_avg` and `exp_avg_sq` from the first call on.
+        group: `betas` and `state_bits`.
+    """
+    beta1, beta2 = group["betas"]
+    state["step"] = step = state.get("step", 0) + 1
+    m, u = load_moment(state, "exp_avg", gradient), load_moment(state, "exp_avg_sq", gradient)
+    m.lerp_(gradient.to(m.dtype), 1 - beta1)
+    u.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+    keep_moment(state, "exp_avg", m, group["state_bits"])
+    keep_moment(state, "exp_avg_sq", u, group["state_bits"])
+    return m / (1 - beta1**step), (u / (1 - beta2**step)).sqrt_()
+
+
+def add_step_(parameter: Tensor, step: Tensor, *, lr: float, decay: float = 0.0) -> None:
+    """parameter −= lr · step, after its decay, in place; a narrow parameter is rounded once."""
+    weight = parameter.to(step.dtype)
+    if decay:
+        weight.mul_(1 - decay)
+    weight.add_(step, alpha=-lr)
+    if weight is not parameter:
+        parameter.copy_(weight)
+
+
+@runtime_checkable
+class Rule(Protocol):
+    """How a parameter moves, where that is not plain AdamW."""
+
+    def step_(self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        """Takes one step from `parameter.grad`.
+
+        Args:
+            parameter: the parameter that the gradient belongs to.
+            state: its state, empty at first: tensors and integers.
+            group: the settings of its group: lr, betas, eps, weight_decay, state_bits.
+        """
+
+
+@runtime_checkable
+class AccumulatingRule(Rule, Protocol):
+    """A rule that sums the gradients of several micro-batches in a form of its own, smaller than the parameter."""
+
+    def accumulate_(self, parameter: Tensor, state: dict[str, Any]) -> None:
+        """Adds `parameter.grad` to `state["accumulated"]`, which the next step takes out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Factored:
+    """The rule of a factored weight, given to the parameter P (M, G) that receives C as its gradient."""
+
+    weight: Tensor
+    """W (M, D), which is what moves."""
+    direction: Tensor
+    """v (s,)."""
+    update: UpdateRule = "dense"
+    """See the module's docstring."""
+    scale: float = 1.0
+    """Factor on the step."""
+
+    def step_(self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        """Moves W; P stays zero."""
+        assert parameter.grad is not None
+        m, root_u = move_moments(parameter.grad, state, group)
+        lr, decay = group["lr"] * self.scale, group["lr"] * group["weight_decay"]
+        _STEPS[self.update](self.weight, m, root_u, self.direction, lr=lr, eps=group["eps"], decay=decay)
+
+
+class AdamW(Optimizer):
+    """AdamW over plain parameters and those that have a rule.
+
+    Args:
+        params: parameters or groups.
+        rules: for some parameters, the rule that moves them in AdamW's place.
+        factored: for some parameters, each the handle P of a factored weight: the weight it moves (M, D), and v (s,);
+            what `nn.velora.compressed_weights` gives.
         update: rule for factored weights.
         lr: learning rate.
         betas: decay rates of the moments.
         eps: added to the root of the second moment.
         weight_decay: decoupled decay; of factored weights it takes the dense weight.
+        state_bits: 32 or 8, the bits of an element of the moments.
     """
 
     def __init__(
         self,
         params: Iterable[Any],
         *,
+        rules: Mapping[nn.Parameter, Rule] | None = None,
         factored: Mapping[nn.Parameter, tuple[Tensor, Tensor]] | None = None,
         update: UpdateRule = "dense",
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        state_bits: int = 32,
     ) -> None:
-        self._factored = dict(factored or {})
-        self._update = update
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.rules: dict[Any, Rule] = dict(rules or {})
+        for handle, (weight, direction) in (factored or {}).items():
+            self.rules[handle] = Factored(weight=weight, direction=direction, update=update)
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "state_bits": state_bits}
+        super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Takes one step; parameters without a gradient stay."""
         assert closure is None
         for group in self.param_groups:
-            plain = [p for p in group["params"] if p.grad is not None and p not in self._factored]
-            if plain:
-                self._step_plain(plain, group)
-            for handle in group["params"]:
-                if handle.grad is not None and handle in self._factored:
-                    self._step_factored(handle, group)
+            moving = [p for p in group["params"] if self.gradient(p) is not None]
+            plain = [p for p in moving if p not in self.rules]
+            for together in (plain, *([p] for p in moving if p in self.rules)):
+                if together:
+                    self._move(together, group)
+
+    @torch.no_grad()
+    def step_parameter(self, parameter: Tensor) -> None:
+        """Takes the step of one parameter alone; over all parameters, in any order, the same as `step`."""
+        group = next(group for group in self.param_groups if any(p is parameter for p in group["params"]))
+        self._move([parameter], group)
+
+    def _move(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        """Steps one parameter by its rule, or plain ones together."""
+        rule = self.rules.get(parameters[0])
+        if rule:
+            rule.step_(parameters[0], self.state[parameters[0]], group)
+        else:
+            self._step_plain(parameters, group)
+
+    @torch.no_grad()
+    def accumulate(self, parameter: Tensor) -> None:
+        """Where a parameter's rule has its own sum of gradients, moves the gradient there and frees it."""
+        rule = self.rules.get(parameter)
+        if isinstance(rule, AccumulatingRule):
+            rule.accumulate_(parameter, self.state[parameter])
+            parameter.grad = None
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether any rule has its own sum of gradients."""
+        return any(isinstance(rule, AccumulatingRule) for rule in self.rules.values())
+
+    def gradient(self, parameter: Tensor) -> Tensor | None:
+        """What has been accumulated for the next step of `parameter`, in whatever form, if anything."""
+        return parameter.grad if parameter.grad is not None else self.state.get(parameter, {}).get("accumulated")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over a state; PyTorch's own would round fp32 moments to the dtype of bf16 weights."""
@@ -146,40 +259,34 @@ class AdamW(Optimizer):
             for key, value in state.items():
                 here[key] = value.to(here[key].device, copy=True) if isinstance(value, Tensor) else value
 
-    def _moments(self, parameter: Tensor) -> dict[str, Any]:
-        """Step count and moments of a parameter, in the shape of its gradient."""
-        state = self.state[parameter]
-        if not state:
-            gradient = parameter.grad
-            assert gradient is not None
-            dtype = torch.promote_types(gradient.dtype, torch.float32)
-            # The fused kernel counts on the device, so that nobody waits for it; factored weights need no such care.
-            on_device = torch.zeros((), dtype=torch.float32, device=gradient.device)
-            state["step"] = 0 if parameter in self._factored else on_device
-            state["exp_avg"] = torch.zeros_like(gradient, dtype=dtype, memory_format=torch.contiguous_format)
-            state["exp_avg_sq"] = torch.zeros_like(gradient, dtype=dtype, memory_format=torch.contiguous_format)
-        return state
-
     def _step_plain(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        # The fused kernel wants gradients and moments in the weights' dtype. Narrow weights step in fp32, one by one,
-        # so that the wide copy is never larger than one parameter.
-        narrow = [p for p in parameters if p.dtype != torch.promote_types(p.dtype, torch.float32)]
-        for parameter in narrow:
-            weight = parameter.float()
+        # The fused kernel wants weights, gradients and moments in one wide format. Where that takes copies, parameters
+        # step one by one, so that the copies are never larger than one of them.
+        alone = [p for p in parameters if group["state_bits"] != 32 or p.dtype != wide(p.dtype)]
+        for parameter in alone:
+            weight = parameter.to(wide(parameter.dtype))
             self._fused_step([weight], [parameter], group)
-            parameter.copy_(weight)
-        wide = [p for p in parameters if p.dtype == torch.promote_types(p.dtype, torch.float32)]
-        if wide:
-            self._fused_step(wide, wide, group)
+            if weight is not parameter:
+                parameter.copy_(weight)
+        together = [p for p in parameters if group["state_bits"] == 32 and p.dtype == wide(p.dtype)]
+        if together:
+            self._fused_step(together, together, group)
 
     def _fused_step(self, weights: list[Tensor], parameters: list[Tensor], group: dict[str, Any]) -> None:
         """One fused step of `weights`, with the gradients and states of `parameters`."""
-        states = [self._moments(p) for p in parameters]
+        states = [self.state[p] for p in parameters]
+        gradients = [p.grad.to(w.dtype) for p, w in zip(parameters, weights, strict=True) if p.grad is not None]
+        for state, gradient in zip(states, gradients, strict=True):
+            if "step" not in state:
+                # The fused kernel counts on the device, so that nobody waits for it.
+                state["step"] = torch.zeros((), dtype=torch.float32, device=gradient.device)
+        m = [load_moment(s, "exp_avg", g) for s, g in zip(states, gradients, strict=True)]
+        u = [load_moment(s, "exp_avg_sq", g) for s, g in zip(states, gradients, strict=True)]
         adamw(
             weights,
-            [p.grad.to(w.dtype) for p, w in zip(parameters, weights, strict=True) if p.grad is not None],
-            [s["exp_avg"] for s in states],
-            [s["exp_avg_sq"] for s in states],
+            gradients,
+            m,
+            u,
             [],
             [s["step"] for s in states],
             fused=True,
@@ -191,19 +298,6 @@ class AdamW(Optimizer):
             eps=group["eps"],
             maximize=False,
         )
-
-    def _step_factored(self, handle: Tensor, group: dict[str, Any]) -> None:
-        weight, direction = self._factored[handle]  # type: ignore[index]
-        state = self._moments(handle)
-        gradient = handle.grad
-        assert gradient is not None
-        beta1, beta2 = group["betas"]
-        m, u = state["exp_avg"], state["exp_avg_sq"]
-        state["step"] += 1
-        step = state["step"]
-        m.lerp_(gradient, 1 - beta1)
-        u.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        corrected_m = m / (1 - beta1**step)
-        root_u = (u / (1 - beta2**step)).sqrt_()
-        decay = group["lr"] * group["weight_decay"]
-        _STEPS[self._update](weight, corrected_m, root_u, direction, lr=group["lr"], eps=group["eps"], decay=decay)
+        for state, first, second in zip(states, m, u, strict=True):
+            keep_moment(state, "exp_avg", first, group["state_bits"])
+            keep_moment(state, "exp_avg_sq", second, group["state_bits"])

@@ -32,3 +32,17 @@ def lr_multiplier(
     progress = min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps))
     remaining = 0.5 * (1.0 + math.cos(math.pi * progress)) if kind == "cosine" else 1.0 - progress
     return min_lr_ratio + (1.0 - min_lr_ratio) * remaining
+
+
+def restart_multiplier(step: int, *, restart_every: int, warmup_steps: int) -> float:
+    """Factor on the learning rate after restarts (arXiv 2307.05695, section 3): a short warm-up after each.
+
+    Args:
+        step: the optimizer step that is about to be taken, counted from 1.
+        restart_every: restarts are at the end of its multiples; 0: there are none.
+        warmup_steps: steps after a restart in which the factor rises linearly; it is 1 at the last of them.
+    """
+    if not restart_every or step <= restart_every:
+        return 1.0
+    steps_since = (step - 1) % restart_every + 1
+    return min(1.0, steps_since / max(1, warmup_steps))
