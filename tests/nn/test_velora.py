@@ -304,3 +304,21 @@ def test_a_hugging_face_model_trains_with_it() -> None:
 def test_compress_is_one_number_per_sub_token() -> None:
     x, v = torch.randn(2, 3, D), unit(D // G)
     torch.testing.assert_close(compress(x, v), torch.einsum("bngs,s->bng", x.view(2, 3, G, D // G), v))
+
+
+def test_of_an_adapter_in_a_projections_place_the_inner_layer_is_compressed() -> None:
+    class Adapter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lora_A, self.lora_B = nn.Linear(D, 2, bias=False), nn.Linear(2, M, bias=False)
+
+    parent = nn.ModuleDict({"q_proj": Adapter(), "v_proj": Adapter(), "o_proj": Adapter()})
+    groups = {"q_proj": G, "v_proj": G, "o_proj": 3}
+    layers = compress_linears(parent, layers=("q_proj", "v_proj", "o_proj"), num_groups=groups)
+    assert layers == [adapter.lora_A for adapter in parent.values()]
+    assert [tuple(layer.coefficients.shape) for layer in layers] == [(2, G), (2, G), (2, 3)]
+    assert layers[0].direction is layers[1].direction
+    assert layers[0].direction is not layers[2].direction
+    assert all(type(adapter.lora_B) is nn.Linear for adapter in parent.values())
+    with pytest.raises(UserError, match="is named lora_B"):
+        compress_linears(nn.ModuleDict({"lora_B": nn.ReLU()}), layers=("lora_B",))

@@ -10,7 +10,7 @@ What is gathered is a sum, so it is the same in whatever pieces a batch comes, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -18,6 +18,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from velora_pretrain.nn.recompute import is_recomputing
 
 Initialisation = Literal["batch_average_once", "running_average", "svd", "random"]
 
@@ -33,6 +35,7 @@ class Direction(nn.Module):
         num_groups: G, the number of sub-tokens; divides D.
         init: how v comes from the data. `batch_average_once`: the normalised mean sub-token; `running_average`: the
             same, moved by every step; `svd`: the top right-singular vector of the sub-tokens; `random`: without data.
+        keeps_basis: with `svd`, keeps all right-singular vectors (s, s) for `turn`.
         generator: draws the `random` direction.
         device: of v.
         dtype: of v; fp32 or wider, whatever the weights are.
@@ -44,6 +47,7 @@ class Direction(nn.Module):
     vector: Float[Tensor, " width"]
     ready: Tensor
     statistics: Tensor
+    basis: Float[Tensor, "width width"] | None
 
     def __init__(
         self,
@@ -51,6 +55,7 @@ class Direction(nn.Module):
         num_groups: int,
         *,
         init: Initialisation = "batch_average_once",
+        keeps_basis: bool = False,
         generator: torch.Generator | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
@@ -68,6 +73,7 @@ class Direction(nn.Module):
         self.register_buffer("ready", torch.tensor(init == "random", device=device))
         shape = (width, width) if init == "svd" else (width,)
         self.register_buffer("statistics", torch.zeros(shape, dtype=dtype, device=device), persistent=False)
+        self.register_buffer("basis", torch.zeros(width, width, dtype=dtype, device=device) if keeps_basis else None)
         self.is_ready = init == "random"
 
     def watch(self, x: Float[Tensor, "*batch features"]) -> None:
@@ -75,6 +81,8 @@ class Direction(nn.Module):
 
         A direction that nobody has set is taken from the first input that it trains on, as in the released code.
         """
+        if is_recomputing():
+            return
         if self.observing or (self.init == "running_average" and torch.is_grad_enabled()):
             self._observe(x)
         if not (self.is_ready or self.observing) and torch.is_grad_enabled():
@@ -97,9 +105,12 @@ class Direction(nn.Module):
             dist.all_reduce(self.statistics)
         if self.init == "svd":
             # The top eigenvector of the second moment is the top right-singular vector; eigh sorts upwards.
-            new = torch.linalg.eigh(self.statistics.cpu().double())[1][:, -1].to(self.vector)
+            basis = torch.linalg.eigh(self.statistics.cpu().double())[1].flip(1).t().to(self.vector)
             # An eigenvector's sign is free: fixed by the largest entry, so that every machine takes the same one.
-            new *= new.gather(0, new.abs().argmax(0, keepdim=True)).sign()
+            basis = basis * basis.gather(1, basis.abs().argmax(1, keepdim=True)).sign()
+            new = basis[0]
+            if self.basis is not None:
+                self.basis.copy_(basis)
         else:
             new = F.normalize(self.statistics, dim=0)
         if self.init == "running_average" and self.is_ready:
@@ -109,23 +120,40 @@ class Direction(nn.Module):
         self.ready.fill_(True)
         self.is_ready = True
 
+    @torch.no_grad()
+    def turn(self, number: int) -> None:
+        """Sets v to a vector of the basis that was kept: the `number`-th, in cycles, by descending eigenvalue."""
+        assert self.basis is not None
+        self.vector.copy_(self.basis[number % len(self.basis)])
+
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.is_ready = bool(self.ready)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Direction:
         """Moves between devices; v stays in fp32 whatever the weights become."""
-        vector, statistics = self.vector, self.statistics
+        vector, statistics, basis = self.vector, self.statistics, self.basis
         super()._apply(fn, recurse)
         device = self.vector.device
         if vector.device.type != "meta":
             self.vector, self.statistics = vector.to(device), statistics.to(device)
+            self.basis = None if basis is None else basis.to(device)
         return self
 
 
 def directions_of(model: nn.Module) -> list[Direction]:
     """Every direction of `model`, once."""
     return [module for module in model.modules() if isinstance(module, Direction)]
+
+
+def take_directions(directions: Sequence[Direction], run_forward: Callable[[], None]) -> None:
+    """Sets each direction from what it sees in `run_forward`."""
+    for direction in directions:
+        direction.observing = True
+    run_forward()
+    for direction in directions:
+        direction.observing = False
+        direction.take()
 
 
 def move_running_averages(model: nn.Module) -> None:

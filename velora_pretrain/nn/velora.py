@@ -199,19 +199,22 @@ def compress_linears(
     layers: Sequence[str] = ("v_proj", "down_proj"),
     num_groups: Mapping[str, int] | None = None,
     init: Initialisation = "batch_average_once",
+    keeps_basis: bool = False,
     scale: float = 1.0,
     seed: int = 0,
 ) -> list[VeLoRALinear]:
     """Replaces, in place, every `nn.Linear` of `model` whose own name is in `layers`.
 
     Works on any module tree; Hugging Face's LlamaForCausalLM has the names q_proj, k_proj, v_proj, o_proj, gate_proj,
-    up_proj and down_proj. Layers of one parent that read one tensor (`SIBLINGS`) share their direction.
+    up_proj and down_proj. Layers of one parent that read one tensor (`SIBLINGS`) share their direction. Of an adapter
+    in a projection's place (`nn/lora.py`), the `nn.Linear` named `lora_A` is replaced.
 
     Args:
         model: the model; do this before it is moved, cast or wrapped, and before an optimizer is built.
         layers: last parts of the names of the linear layers.
         num_groups: sub-tokens per token by layer name; `default_num_groups` for names that are missing.
         init: see `Direction`; `running_average` wants `move_running_averages` after each step.
+        keeps_basis: see `Direction`.
         scale: factor on the weight gradients.
         seed: of `random` directions.
 
@@ -226,7 +229,10 @@ def compress_linears(
     new_layers: list[VeLoRALinear] = []
     matched: set[str] = set()
     for parent_name, parent in list(model.named_modules()):
-        for name, linear in list(parent.named_children()):
+        for name, module in list(parent.named_children()):
+            # Where an adapter stands in a projection's place, it is the adapter's A that would keep the input.
+            owner, attribute = (parent, name) if isinstance(module, nn.Linear) else (module, "lora_A")
+            linear = getattr(owner, attribute, None)
             if name not in layers or not isinstance(linear, nn.Linear):
                 continue
             features = linear.in_features
@@ -243,12 +249,13 @@ def compress_linears(
                     features,
                     groups,
                     init=init,
+                    keeps_basis=keeps_basis,
                     generator=generator,
                     device=linear.weight.device,
                     dtype=_wide(linear.weight.dtype),
                 )
             layer = VeLoRALinear(linear, directions[key], scale=scale)
-            setattr(parent, name, layer)
+            setattr(owner, attribute, layer)
             new_layers.append(layer)
             matched.add(name)
     missing = [name for name in layers if name not in matched]
