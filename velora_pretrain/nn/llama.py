@@ -18,6 +18,7 @@ in their place, and one with a static `forward_siblings(x, layers)` is called on
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import groupby
 from typing import Any, cast
 
@@ -29,6 +30,7 @@ from torch.autograd.function import once_differentiable
 
 from velora_pretrain.dimensions import LlamaConfig
 from velora_pretrain.nn.loss import linear_cross_entropy
+from velora_pretrain.nn.recompute import Recompute, rebuilt_in_backward, run_again_in_backward
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -37,20 +39,25 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
+def _normalised(x: Tensor, inverse_root: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return (x * inverse_root).mul_(weight).to(dtype)
+
+
 class _RMSNorm(torch.autograd.Function):
     """y = x r ⊙ w with r = (mean(x²) + ε)^(−1/2); keeps x and r, not the normalised x."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(x.dtype, torch.float32)
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
         inverse_root = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse_root)
-        return (x * inverse_root).mul_(weight).to(dtype)
+        ctx.mark_non_differentiable(inverse_root)
+        return _normalised(x, inverse_root, weight, dtype), inverse_root
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse_root = ctx.saved_tensors
         normalised = x * inverse_root
         dy = dy.to(normalised.dtype)
@@ -72,7 +79,18 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch features"]:
         """x over its root mean square, times the weight; in the dtype of the products that read it."""
-        return _RMSNorm.apply(x, self.weight, self.eps, _compute_dtype(x))
+        return _RMSNorm.apply(x, self.weight, self.eps, _compute_dtype(x))[0]
+
+    def rebuildable(self, x: Float[Tensor, "*batch features"]) -> tuple[Tensor, Callable[[], Tensor]]:
+        """The same, and how to make it again from what is kept anyway."""
+        dtype, weight = _compute_dtype(x), self.weight
+        y, inverse_root = _RMSNorm.apply(x, weight, self.eps, dtype)
+        x = x.detach()
+        return y, lambda: _normalised(x, inverse_root, weight, dtype)
+
+
+def _product(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate).mul_(up)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -81,7 +99,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        return _product(gate, up)
 
     @staticmethod
     @once_differentiable
@@ -178,8 +196,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU feed-forward network."""
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: LlamaConfig, recompute: Recompute = "none") -> None:
         super().__init__()
+        self.rebuilds_product = recompute == "elementwise"
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
@@ -187,33 +206,58 @@ class MLP(nn.Module):
     def forward(self, x: Float[Tensor, "batch length hidden"]) -> Float[Tensor, "batch length hidden"]:
         """down(silu(gate(x)) ⊙ up(x))."""
         gate, up = project(x, self.gate_proj, self.up_proj)
-        return self.down_proj(swiglu(gate, up))
+        product = swiglu(gate, up)
+        if not self.rebuilds_product:
+            return self.down_proj(product)
+        gate, up = gate.detach(), up.detach()
+        with rebuilt_in_backward(product, lambda: _product(gate, up)):
+            return self.down_proj(product)
 
 
 class Block(nn.Module):
     """One transformer block: attention, then MLP, each after a norm and added to the residual stream."""
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: LlamaConfig, recompute: Recompute = "none") -> None:
         super().__init__()
+        self.recompute: Recompute = recompute
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, recompute)
 
     def forward(self, x: Float[Tensor, "batch length hidden"], cosines: Tensor, sines: Tensor) -> Tensor:
         """The next state of the residual stream."""
-        x = x + self.self_attn(self.input_layernorm(x), cosines, sines)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        if self.recompute == "block":
+            return run_again_in_backward(self._through, x, cosines, sines)
+        return self._through(x, cosines, sines)
+
+    def _through(self, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+        rebuilds_norms = self.recompute in ("elementwise", "mlp")
+        x = x + _after_norm(
+            self.input_layernorm, x, lambda normalised: self.self_attn(normalised, cosines, sines), rebuilds_norms
+        )
+        if self.recompute == "mlp":
+            return x + run_again_in_backward(lambda x: self.mlp(self.post_attention_layernorm(x)), x)
+        return x + _after_norm(self.post_attention_layernorm, x, self.mlp, rebuilds_norms)
+
+
+def _after_norm(norm: RMSNorm, x: Tensor, layer: Callable[[Tensor], Tensor], rebuilds: bool) -> Tensor:
+    """layer(norm(x)); with `rebuilds`, what the layer would keep of norm(x) is made again in the backward pass."""
+    if not rebuilds:
+        return layer(norm(x))
+    normalised, make = norm.rebuildable(x)
+    with rebuilt_in_backward(normalised, make):
+        return layer(normalised)
 
 
 class Trunk(nn.Module):
     """Embedding, blocks and final norm: everything but the head."""
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: LlamaConfig, recompute: Recompute = "none") -> None:
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Block(config, recompute) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, tokens: Int[Tensor, "batch length"]) -> Float[Tensor, "batch length hidden"]:
@@ -234,12 +278,14 @@ class Llama(nn.Module):
         config: its dimensions.
         seed: of the initial weights, drawn on the CPU in the order of the parameters, so that every mode and device
             starts from the same function. None leaves them as allocated, for weights that are loaded.
+        recompute: what is made again in the backward pass, see `recompute.py`: `elementwise`, norm outputs and SwiGLU
+            products; `mlp`, norm outputs and the MLP; `block`, everything but the blocks' inputs.
     """
 
-    def __init__(self, config: LlamaConfig, *, seed: int | None = None) -> None:
+    def __init__(self, config: LlamaConfig, *, seed: int | None = None, recompute: Recompute = "none") -> None:
         super().__init__()
         self.config = config
-        self.model = Trunk(config)
+        self.model = Trunk(config, recompute)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
