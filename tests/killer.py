@@ -19,7 +19,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "reading": (trainer.TrainLoader, "__next__"),
     "forward": (Llama, "forward"),
     "backward": (torch.Tensor, "backward"),
-    "optimizer": (AdamW, "_fused_step"),
+    "optimizer": (AdamW, "_move"),
     "recording": (trainer.RunFolder, "append"),
     "evaluation": (trainer, "evaluate"),
     "writing weights": (checkpoint, "save_file"),

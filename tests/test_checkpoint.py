@@ -35,10 +35,10 @@ class Trained:
     def step(self, number: int) -> None:
         tokens = torch.randint(0, 120, (4, 16), generator=torch.Generator().manual_seed(number))
         with torch.no_grad():
-            self.mode.before_step(self.model, number + 1, lambda: self.model(tokens, tokens))
+            self.mode.before_step(self.model, self.optimizer, number + 1, lambda: self.model(tokens, tokens))
         self.model(tokens, tokens).backward()
         self.optimizer.step()
-        self.mode.after_step(self.model, number + 1)
+        self.mode.after_step(self.model, self.optimizer, number + 1)
         self.optimizer.zero_grad()
 
     def save(self, folder: RunFolder, step: int = 2, keep_last: int = 2) -> Path:

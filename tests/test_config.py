@@ -5,7 +5,7 @@ import math
 import pytest
 from pydantic import ValidationError
 
-from velora_pretrain.config import MODES, Run, Section
+from velora_pretrain.config import MODES, ModesTable, Run, Section
 from velora_pretrain.dimensions import PROJECTIONS, SIZES
 
 
@@ -149,7 +149,9 @@ def test_a_run_cannot_be_changed_and_its_hash_tells_runs_apart():
 
 def test_every_mode_has_a_table_with_its_learning_rate():
     run = Run(size="9m")
-    assert all(getattr(run.modes, mode).lr is None for mode in MODES)
+    tables = [run.model_copy(update={"mode": mode}).mode_tables for mode in MODES]
+    assert all(table.lr is None for each in tables for table in each.values())
+    assert {name for each in tables for name in each} == set(ModesTable.model_fields)
 
 
 def _tables(table: type[Section]):

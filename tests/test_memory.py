@@ -33,7 +33,7 @@ def test_prediction_is_what_the_same_tracker_measures(tiny_run: Callable[..., An
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16-mixed"):
             return model(tokens, tokens)
 
-    built.before_step(model, 1, lambda: loss().detach())
+    built.before_step(model, optimizer, 1, lambda: loss().detach())
     assert asdict(peak_of_step(model, optimizer, [loss, loss])) == asdict(predicted)
 
 
@@ -72,8 +72,9 @@ def test_saved_activations_are_the_closed_form_to_the_byte(layers: Any) -> None:
         mode, model = build_mode(run), Llama(run.llama)
         mode.adapt(model)
         tokens = torch.zeros(64, 256, dtype=torch.int64)
-        mode.before_step(model, 1, lambda: None)
-        with MemoryTracker(model, mode.build_optimizer(model)) as tracker:
+        optimizer = mode.build_optimizer(model)
+        mode.before_step(model, optimizer, 1, lambda: None)
+        with MemoryTracker(model, optimizer) as tracker:
             loss = model(tokens, tokens)
             tracker.forget_peak()
             measured = tracker.use.saved_activations_bytes

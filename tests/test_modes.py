@@ -7,11 +7,17 @@ import pytest
 import torch
 
 from velora_pretrain.config import MODES as MODE_NAMES
-from velora_pretrain.modes import MODES, build_mode, parameter_groups
+from velora_pretrain.config import ModesTable
+from velora_pretrain.modes import METHODS, build_mode, parameter_groups
 from velora_pretrain.nn.direction import directions_of
 from velora_pretrain.nn.llama import Llama
 from velora_pretrain.nn.velora import VeLoRALinear
+from velora_pretrain.optim.adamw import AdamW
 from velora_pretrain.recipe import resolve
+
+
+no_optimizer = AdamW([torch.nn.Parameter(torch.zeros(1))])
+"""What a step looks at the optimizer for is tested elsewhere."""
 
 
 def built(run: Any) -> tuple[Any, Llama]:
@@ -21,7 +27,7 @@ def built(run: Any) -> tuple[Any, Llama]:
 
 
 def test_every_mode_of_the_configuration_is_there() -> None:
-    assert set(MODES) == set(MODE_NAMES)
+    assert {part for mode in MODE_NAMES for part in mode.split("+")} == set(METHODS) == set(ModesTable.model_fields)
 
 
 @pytest.mark.parametrize("layers", ["all", ["v_proj", "down_proj"]])
@@ -123,14 +129,14 @@ def test_the_first_direction_is_of_the_whole_first_batch_and_stays(tiny_run: Cal
 
         return run_forward
 
-    mode.before_step(model, 1, forward_in_parts(first))
+    mode.before_step(model, no_optimizer, 1, forward_in_parts(first))
     v = [direction.vector.clone() for direction in directions_of(model)]
     assert all(abs(vector.norm() - 1) < 1e-6 for vector in v)
     whole_mode, whole_model = built(tiny_run(mode="velora"))
-    whole_mode.before_step(whole_model, 1, lambda: whole_model(first, first))
+    whole_mode.before_step(whole_model, no_optimizer, 1, lambda: whole_model(first, first))
     for vector, direction in zip(v, directions_of(whole_model), strict=True):
         torch.testing.assert_close(vector, direction.vector)
-    mode.before_step(model, 2, forward_in_parts(second))
+    mode.before_step(model, no_optimizer, 2, forward_in_parts(second))
     assert all(torch.equal(a, b.vector) for a, b in zip(v, directions_of(model), strict=True))
 
 
@@ -145,7 +151,7 @@ def test_refresh_takes_new_directions_every_so_many_steps(tiny_run: Callable[...
             with torch.no_grad():
                 model(tokens, tokens)
 
-        mode.before_step(model, step, run_forward)
+        mode.before_step(model, no_optimizer, step, run_forward)
     assert calls == [1, 4, 7]
 
 
@@ -156,10 +162,10 @@ def test_an_evaluation_moves_no_direction(tiny_run: Callable[..., Any]) -> None:
         with torch.no_grad():
             model(tokens, tokens)
         assert not any(direction.is_ready for direction in directions_of(model))
-        mode.before_step(model, 1, lambda tokens=tokens, model=model: model(tokens, tokens))
+        mode.before_step(model, no_optimizer, 1, lambda tokens=tokens, model=model: model(tokens, tokens))
         v = directions_of(model)[0].vector.clone()
         with torch.no_grad():
             model(tokens.flip(0), tokens)
-        mode.after_step(model, 1)
+        mode.after_step(model, no_optimizer, 1)
         if init == "batch_average_once":
             assert torch.equal(directions_of(model)[0].vector, v)

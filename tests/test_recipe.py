@@ -117,7 +117,7 @@ def test_an_assigned_value_may_hold_an_equals_sign():
         ("modes.velora.layers=['v_prj']", ["modes.velora.layers: 'v_prj'", "did you mean 'v_proj'? "]),
         ("modes.velora.num_groups.v_prj=8", ["modes.velora.num_groups.v_prj: ", "did you mean 'v_proj'? "]),
         ("batch.micro_batch=x", ["batch.micro_batch: input should be a valid integer, or 'auto' (got 'x')"]),
-        ("mode=zzz", ["mode: input should be 'full' or 'velora' (got 'zzz')"]),
+        ("mode=zzz", ["mode: input should be 'full', 'galore', ", "or 'lora+velora' (got 'zzz')"]),
         ("optimizer.betas=0.9", ["optimizer.betas: ", "a valid list"]),
         ("optimizer.betas=[0.9]", ["optimizer.betas: too few values"]),
         ("optimizer.betas=[0.9, 0.9, 0.9]", ["optimizer.betas: list should have at most 2 items"]),

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from velora_pretrain.config import MODES
+from velora_pretrain.config import MODES, ModesTable
 from velora_pretrain.dimensions import PUBLISHED_STEPS
 from velora_pretrain.recipe import read_recipe, resolve
 
@@ -21,7 +21,7 @@ def test_there_is_one_recipe_per_published_size_and_the_quickstart():
 @pytest.mark.parametrize("mode", MODES)
 def test_every_recipe_loads_in_every_mode(path: Path, mode: str):
     assert resolve(path.stem, {"mode": mode}, []) == resolve(str(path), {"mode": mode}, [])
-    assert set(read_recipe(path)["modes"]) == set(MODES)
+    assert set(read_recipe(path)["modes"]) == set(ModesTable.model_fields)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -49,6 +49,21 @@ def test_published_settings_of_the_mode(size: str, groups: tuple[int, int], lr: 
     run = resolve(f"llama_{size}", {"mode": "velora"}, [])
     assert run.modes.velora.num_groups == {"v_proj": groups[0], "down_proj": groups[1]}
     assert run.lr == lr
+
+
+@pytest.mark.parametrize(
+    ("size", "rank", "gap", "lr"),
+    [("60m", 128, 200, 0.01), ("130m", 256, 200, 0.01), ("1b", 512, 200, 0.01), ("7b", 1024, 500, 0.005)],
+)
+def test_published_settings_of_the_low_rank_modes(size: str, rank: int, gap: int, lr: float):
+    run = resolve(f"llama_{size}", {"mode": "galore"}, [])
+    galore, lora, flora = run.modes.galore, run.modes.lora, run.modes.flora
+    assert {table.rank for table in (galore, lora, flora)} == {rank}
+    assert (galore.scale, galore.update_gap, run.lr) == (0.25, gap, lr)
+    assert (lora.alpha, lora.dropout, lora.restart_every) == (32.0, 0.05, 0)
+    assert flora.inner == "adafactor"
+    without = resolve(None, {"size": size}, [])
+    assert without.modes.galore.rank_at(without.llama) == rank
 
 
 @pytest.mark.parametrize(

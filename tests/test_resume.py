@@ -20,8 +20,38 @@ STEPS = 6
 KILLER = Path(__file__).parent / "killer.py"
 MODES: dict[str, dict[str, Any]] = {
     "full": {"mode": "full", "packing": "pad"},
+    "galore": {"mode": "galore", "modes__galore__rank": 8, "modes__galore__update_gap": 3, "packing": "pack"},
+    "lora": {"mode": "lora", "modes__lora__rank": 8, "modes__lora__restart_every": 3, "modes__lora__dropout": 0.2},
+    "flora": {"mode": "flora", "modes__flora__rank": 8, "modes__flora__kappa": 3},
     "velora": {"mode": "velora", "modes__velora__layers": "all", "modes__velora__refresh_every": 2, "packing": "pack"},
+    "flora adamw in backward": {
+        "mode": "flora",
+        "modes__flora__rank": 8,
+        "modes__flora__kappa": 3,
+        "modes__flora__inner": "adamw",
+        "optimizer__update": "in_backward",
+        "memory__recompute": "block",
+    },
+    "velora cycle": {
+        "mode": "velora",
+        "modes__velora__layers": "all",
+        "modes__velora__init": "svd",
+        "modes__velora__refresh": "cycle",
+        "modes__velora__refresh_every": 2,
+        "modes__velora__refresh_moments": "reproject",
+    },
+    "galore+velora": {"mode": "galore+velora", "modes__galore__rank": 8, "modes__galore__update_gap": 3},
+    "flora+velora": {"mode": "flora+velora", "modes__flora__rank": 8, "modes__flora__kappa": 3},
+    "lora+velora": {
+        "mode": "lora+velora",
+        "modes__lora__rank": 8,
+        "modes__lora__restart_every": 3,
+        "modes__velora__init": "running_average",
+    },
 }
+"""Each with an event (a refresh, a restart, a new projection) between its checkpoints, and one at a checkpoint."""
+METHODS = ("full", "galore", "lora", "flora", "velora")
+"""Those of the default run; the others are the slow tests'."""
 
 
 def recipe_of(tiny_recipe: Callable[..., Path], mode: str, **changes: Any) -> Path:
@@ -82,7 +112,7 @@ KILLS = [
 ]
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", METHODS)
 def test_killed_and_resumed_again_and_again(tiny_recipe: Callable[..., Path], tmp_path: Path, mode: str) -> None:
     """One run that is killed at three places in turn; the other places are the slow test's."""
     recipe = recipe_of(tiny_recipe, mode)

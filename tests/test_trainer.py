@@ -354,14 +354,14 @@ def test_another_tokenizer_is_not_resumed(tiny_run: Callable[..., Any], tmp_path
 def test_weights_that_are_not_finite_are_not_saved(
     tiny_run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = torch.optim.Optimizer.zero_grad
+    step = AdamW.step
 
     def poisoned(self: Any, *args: Any, **kwargs: Any) -> None:
         step(self, *args, **kwargs)
         for group in self.param_groups:
             group["params"][0].data[0] = torch.inf
 
-    monkeypatch.setattr("velora_pretrain.optim.adamw.AdamW.zero_grad", poisoned)
+    monkeypatch.setattr("velora_pretrain.optim.adamw.AdamW.step", poisoned)
     with pytest.raises(UserError, match=r"step 1: .* is not finite, so no checkpoint is written"):
         trained(tiny_run(checkpoint__every_steps=1), tmp_path)
     assert list(RunFolder(tmp_path).checkpoints.iterdir()) == []

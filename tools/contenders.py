@@ -205,8 +205,9 @@ def build(name: str, work: Work, initial: Llama, micro_batches: Sequence[tuple[T
         for micro_batch in micro_batches:
             loss(*micro_batch)
 
-    mode.before_step(model, 1, run_forward)
-    return Contender(model=model, optimizer=mode.build_optimizer(model), loss=loss)
+    optimizer = mode.build_optimizer(model)
+    mode.before_step(model, optimizer, 1, run_forward)
+    return Contender(model=model, optimizer=optimizer, loss=loss)
 
 
 def _build_on_transformers(name: str, work: Work, run: Run, initial: Llama) -> Contender:

@@ -132,8 +132,8 @@ def losses_of_steps(mode_name: str, steps: int, device: str, dtype: torch.dtype)
     if dtype == torch.float64:
         _widen_directions(model)
     tokens, labels = work.micro_batches(run.llama.vocab_size, seed=0)[0]
-    mode.before_step(model, 1, torch.no_grad()(lambda: model(tokens, labels)))
     optimizer, losses = mode.build_optimizer(model), []
+    mode.before_step(model, optimizer, 1, torch.no_grad()(lambda: model(tokens, labels)))
     for _ in range(steps):
         loss = model(tokens, labels) / (labels >= 0).sum()
         loss.backward()

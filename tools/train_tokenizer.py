@@ -1,6 +1,7 @@
-"""Train the bundled tokenizer: a 32,000-piece unigram SentencePiece model.
+"""Train the bundled tokenizer, a 32,000-piece unigram SentencePiece model, or one like it of another size.
 
     python tools/train_tokenizer.py --data c4-train.json.gz openwebtext.json.gz --validate c4-validation.json.gz
+    python tools/train_tokenizer.py --pieces 4096 --data ... --output small.model
 
 The inputs are JSON-lines files (gzip or plain) with a column `text`. The same inputs, in the same order, give the
 same bytes with one version of sentencepiece. The output holds pieces and scores only: neither a path nor a text.
@@ -45,7 +46,7 @@ def read_texts(path: Path) -> Iterator[str]:
             yield json.loads(line)["text"]
 
 
-def train(paths: list[Path]) -> bytes:
+def train(paths: list[Path], pieces: int = VOCAB_SIZE) -> bytes:
     """Return the model file's bytes, trained on the texts of `paths` in the order given."""
     buffer = io.BytesIO()
     sentencepiece.SentencePieceTrainer.Train(
@@ -53,7 +54,7 @@ def train(paths: list[Path]) -> bytes:
         sentence_iterator=(text for path in paths for text in read_texts(path)),
         model_writer=buffer,
         model_type="unigram",
-        vocab_size=VOCAB_SIZE,
+        vocab_size=pieces,
         pad_id=0,
         eos_id=1,
         unk_id=2,
@@ -91,13 +92,16 @@ def report_compression(model: Path, paths: list[Path]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train the bundled 32,000-piece SentencePiece tokenizer.")
+    parser = argparse.ArgumentParser(description="Train the bundled SentencePiece tokenizer, or one of another size.")
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="JSON-lines files to train on")
     parser.add_argument("--validate", type=Path, nargs="*", default=[], help="JSON-lines files to report on")
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help="where to write the model file")
+    parser.add_argument("--pieces", type=int, default=VOCAB_SIZE, help="size of the vocabulary")
     arguments = parser.parse_args()
+    if arguments.pieces != VOCAB_SIZE and arguments.output == DEFAULT_OUTPUT:
+        parser.error("a tokenizer of another size needs an --output of its own")
 
-    model = train(arguments.data)
+    model = train(arguments.data, arguments.pieces)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     temporary = arguments.output.with_suffix(".tmp")
     temporary.write_bytes(model)

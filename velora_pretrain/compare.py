@@ -41,5 +41,7 @@ def _options(run: Run, micro_batch: int) -> dict[str, Any]:
         "sequence_length": run.batch.sequence_length,
         "precision": run.precision,
         "recompute": run.memory.recompute,
-        **getattr(run.modes, run.mode).model_dump(mode="json", exclude_defaults=True, exclude={"lr"}),
+        "update": run.optimizer.update,
+        "state_bits": run.optimizer.state_bits,
+        **build_mode(run).options(),
     }

@@ -11,7 +11,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import (
     Field,
@@ -26,8 +26,11 @@ from pydantic import (
 
 from velora_pretrain.dimensions import PROJECTIONS, PUBLISHED_STEPS, SIZES, LlamaConfig, Projection, Section
 
-ModeName = Literal["full", "velora"]
+ModeName = Literal["full", "galore", "lora", "flora", "velora", "galore+velora", "flora+velora", "lora+velora"]
 MODES: tuple[ModeName, ...] = get_args(ModeName)
+"""Training modes; one with a plus has the settings of both, and the learning rate of the first."""
+PUBLISHED_RANKS = {768: 256}
+"""Ranks of the low-rank modes by hidden width, where they are not a quarter of it (arXiv 2403.03507, table 2)."""
 Precision = Literal["fp32", "bf16-mixed", "bf16"]
 
 
@@ -103,6 +106,11 @@ class OptimizerTable(Section):
     """Decoupled weight decay, on matrices only."""
     clip_norm: NonNegativeFloat = 0.0
     """Largest global gradient norm; 0 clips nothing."""
+    update: Literal["step", "in_backward"] = "step"
+    """step: all parameters move after the backward pass; in_backward: each moves as soon as its gradient is complete,
+    which is then freed."""
+    state_bits: Literal[32, 8] = 32
+    """Bits per element of the moments of the blocks' matrices; 8 needs the extra eight-bit. Embeddings stay in 32."""
 
     @model_validator(mode="after")
     def _betas_in_range(self) -> OptimizerTable:
@@ -110,12 +118,22 @@ class OptimizerTable(Section):
             raise ValueError(f"optimizer.betas: {list(self.betas)} must lie in [0, 1)")
         return self
 
+    @model_validator(mode="after")
+    def _norm_is_known_when_clipped(self) -> OptimizerTable:
+        if self.update == "in_backward" and self.clip_norm:
+            raise ValueError(
+                "optimizer.update: in_backward steps before the global gradient norm is known, so it cannot be clipped;"
+                " set optimizer.clip_norm = 0, or optimizer.update = step"
+            )
+        return self
+
 
 class MemoryTable(Section):
     """`[memory]`: what is kept for the backward pass."""
 
-    recompute: Literal["none"] = "none"
-    """none: everything that the backward pass reads is kept."""
+    recompute: Literal["none", "elementwise", "mlp", "block"] = "none"
+    """none: everything that the backward pass reads is kept; elementwise: norm outputs and SwiGLU products are rebuilt,
+    no matrix product is repeated; mlp: the MLP is run again; block: whole blocks are."""
 
 
 class EvaluationTable(Section):
@@ -143,6 +161,8 @@ class ReadingTable(Section):
 
     shuffle_block_documents: PositiveInt = 1024
     """Documents read and permuted together."""
+    shuffle_seed: int | None = Field(default=None, ge=0, lt=2**63)
+    """Seed of the data order alone, below 2**63; by default `seed`."""
     max_bad_lines: NonNegativeInt = 0
     """Unreadable records skipped before reading stops with an error."""
     holdout_every_documents: int = Field(default=50, ge=2)
@@ -166,6 +186,86 @@ class FullTable(Section):
         return {}
 
 
+class LowRankTable(Section):
+    """Settings that every low-rank mode has."""
+
+    rank: PositiveInt | None = None
+    """Rank; by default the published one (128 at 60m, 256 at 130m), a quarter of the hidden width elsewhere."""
+    lr: PositiveFloat | None = None
+    """Peak learning rate of this mode; by default `optimizer.lr`."""
+
+    def rank_at(self, dimensions: LlamaConfig) -> int:
+        """The rank that is used at these dimensions."""
+        hidden = dimensions.hidden_size
+        return self.rank or PUBLISHED_RANKS.get(hidden) or max(1, hidden // 4)
+
+    def check_fit(self, dimensions: LlamaConfig) -> None:
+        """Checks the rank against the hidden width.
+
+        Raises:
+            ValueError: it is larger.
+        """
+        if self.rank_at(dimensions) > dimensions.hidden_size:
+            raise ValueError(
+                f"{self._key}.rank: {self.rank} is more than the hidden width {dimensions.hidden_size}; lower it"
+            )
+
+    @property
+    def unused(self) -> dict[str, str]:
+        """Nothing is set in vain."""
+        return {}
+
+    _key: ClassVar[str]
+
+
+class GaLoreTable(LowRankTable):
+    """`[modes.galore]`: AdamW in a low-rank subspace of the gradient (arXiv 2403.03507)."""
+
+    _key: ClassVar[str] = "modes.galore"
+    scale: PositiveFloat = 0.25
+    """Factor on the steps of projected matrices (the paper's α)."""
+    update_gap: PositiveInt = 200
+    """Steps after which a matrix's subspace is found anew (the paper's T)."""
+    finder: Literal["randomised", "svd"] = "randomised"
+    """How the subspace is found: by a randomised range finder, or by an exact SVD."""
+
+
+class LoRATable(LowRankTable):
+    """`[modes.lora]`: adapters beside frozen projections (arXiv 2106.09685), merged now and then (arXiv 2307.05695)."""
+
+    _key: ClassVar[str] = "modes.lora"
+    alpha: PositiveFloat = 32.0
+    """The adapters' product is scaled by alpha / rank."""
+    dropout: float = Field(default=0.05, ge=0.0, lt=1.0)
+    """Share of an adapter's inputs that is dropped in training."""
+    restart_every: NonNegativeInt = 0
+    """Steps after which adapters are merged and start anew (ReLoRA); 0 never merges."""
+    restart_warmup_steps: NonNegativeInt = 50
+    """Steps of linear warm-up after each restart."""
+    reset_share: float = Field(default=0.99, ge=0.0, le=1.0)
+    """Share of the adapters' moments, the smallest in magnitude, that a restart sets to zero."""
+
+    @property
+    def unused(self) -> dict[str, str]:
+        """Settings of restarts, where there are none."""
+        if self.restart_every:
+            return {}
+        reason = "modes.lora.restart_every is 0, there is no restart that would read this"
+        return {key: reason for key in ("restart_warmup_steps", "reset_share") if key in self.model_fields_set}
+
+
+class FLoRATable(LowRankTable):
+    """`[modes.flora]`: momentum in a random subspace that is resampled (arXiv 2402.03293)."""
+
+    _key: ClassVar[str] = "modes.flora"
+    kappa: PositiveInt = 1000
+    """Steps after which the random projection is drawn anew (the paper's κ)."""
+    inner: Literal["adafactor", "adamw"] = "adafactor"
+    """Optimizer around it: Adafactor as in the paper, or AdamW with both moments in the subspace."""
+    accumulation: Literal["compressed", "dense"] = "compressed"
+    """How gradients of several micro-batches are summed: in a random subspace of this rank, or in full."""
+
+
 class VeLoRATable(Section):
     """`[modes.velora]`: rank-1 sub-token projections (arXiv 2405.17991)."""
 
@@ -182,6 +282,14 @@ class VeLoRATable(Section):
     """Factor on the compressed weight gradient."""
     update: Literal["dense", "projected"] = "dense"
     """dense: AdamW on the dense gradient C ⊗ v, the paper's; projected: AdamW on C, the step stays along v."""
+    refresh: Literal["anew", "cycle"] = "anew"
+    """anew: a refreshed v comes from the current batch; cycle: from an orthonormal basis found once (with `svd`), one
+    vector after the other."""
+    refresh_moments: Literal["keep", "reset", "reproject"] = "keep"
+    """What becomes of the moments when a direction is refreshed: they stay as they are, are set to zero, or are
+    multiplied with the cosine between the old direction and the new."""
+    step_scale: PositiveFloat | None = None
+    """Factor on the steps of compressed weights; by default 1, and beside another method the factor of its own."""
     lr: PositiveFloat | None = None
     """Peak learning rate of this mode; by default `optimizer.lr`."""
 
@@ -236,6 +344,8 @@ class VeLoRATable(Section):
             raise ValueError('modes.velora.layers: name at least one projection, or "all"')
         if self.refresh_every and self.init == "running_average":
             raise ValueError("modes.velora.refresh_every: a running average moves at every step; leave this 0")
+        if self.refresh == "cycle" and self.init != "svd":
+            raise ValueError('modes.velora.refresh: cycle needs the basis that modes.velora.init = "svd" finds')
         return self
 
 
@@ -244,6 +354,12 @@ class ModesTable(Section):
 
     full: FullTable = FullTable()
     """Full-rank training."""
+    galore: GaLoreTable = GaLoreTable()
+    """Low-rank gradients."""
+    lora: LoRATable = LoRATable()
+    """Adapters."""
+    flora: FLoRATable = FLoRATable()
+    """Random-projection momentum."""
     velora: VeLoRATable = VeLoRATable()
     """Compressed activations and gradients."""
 
@@ -254,7 +370,7 @@ class Run(Section):
     size: str | None = None
     """Model size: 9m, 20m, 35m, 60m, 71m, 100m, 130m, 250m, 350m, 1b, 3b, 7b or 13b; or give [model] instead."""
     mode: ModeName = "full"
-    """Training mode: full or velora."""
+    """Training mode: full, galore, lora, flora, velora, or velora beside another: galore+velora and so on."""
     data: str = "auto"
     """auto, c4, sample, or a path, glob or URL of .json(.gz), .jsonl(.gz/.zst) or .parquet files."""
     validation_data: str | None = None
@@ -276,7 +392,7 @@ class Run(Section):
     schedule: ScheduleTable = ScheduleTable()
     """Steps and learning-rate course."""
     optimizer: OptimizerTable = OptimizerTable()
-    """AdamW."""
+    """AdamW, and when it steps."""
     memory: MemoryTable = MemoryTable()
     """Recomputation."""
     evaluation: EvaluationTable = EvaluationTable()
@@ -309,7 +425,8 @@ class Run(Section):
             raise ValueError(
                 f"batch.micro_batch: {self.batch.micro_batch} does not divide batch.sequences {self.batch.sequences}"
             )
-        getattr(self.modes, self.mode).check_fit(dimensions)
+        for table in self.mode_tables.values():
+            table.check_fit(dimensions)
         return self
 
     @property
@@ -341,14 +458,24 @@ class Run(Section):
         return self.steps // 10 if self.schedule.warmup_steps is None else self.schedule.warmup_steps
 
     @property
+    def shuffle_seed(self) -> int:
+        """Seed of the data order."""
+        return self.seed if self.reading.shuffle_seed is None else self.reading.shuffle_seed
+
+    @property
     def lr(self) -> float:
         """Peak learning rate of the chosen mode."""
-        return getattr(self.modes, self.mode).lr or self.optimizer.lr
+        return next(iter(self.mode_tables.values())).lr or self.optimizer.lr
+
+    @property
+    def mode_tables(self) -> dict[str, Any]:
+        """The settings of the chosen mode, or of both methods that it combines."""
+        return {part: getattr(self.modes, part) for part in self.mode.split("+")}
 
     @property
     def unused(self) -> dict[str, str]:
         """Dotted keys that are set but that nothing reads, each with the reason."""
-        tables = {mode: getattr(self.modes, mode) for mode in MODES}
+        tables = {name: getattr(self.modes, name) for name in ModesTable.model_fields}
         return {f"modes.{mode}.{key}": why for mode, table in tables.items() for key, why in table.unused.items()}
 
     @property

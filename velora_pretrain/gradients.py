@@ -1,27 +1,114 @@
-"""Gradients of a whole model: their norm, and where numbers failed."""
+"""The gradients of a step: how they arrive, how large they are, and when they move the parameters."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
-def clip_gradients(model: nn.Module, max_norm: float) -> float:
-    """Scales the gradients so that their global norm is at most `max_norm`; 0 leaves them as they are.
+@runtime_checkable
+class SteppingOptimizer(Protocol):
+    """What is asked of an optimizer; `optim.adamw.AdamW` says what each does."""
 
-    Returns:
-        The norm before, in fp32 whatever the gradients are.
+    @property
+    def state(self) -> Mapping[Any, dict[str, Any]]:
+        """What it keeps of each parameter."""
+        ...
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether some gradients are summed in a form of their own."""
+        ...
+
+    def accumulate(self, parameter: Tensor) -> None:
+        """Takes a gradient into such a sum, and frees it."""
+
+    def gradient(self, parameter: Tensor) -> Tensor | None:
+        """What has come for the next step of a parameter."""
+        ...
+
+    def step_parameter(self, parameter: Tensor) -> None:
+        """Takes the step of one parameter."""
+
+    def step(self) -> None:
+        """Takes the steps of all."""
+
+
+class Gradients:
+    """The gradients of one model, from the first micro-batch of a step to the step.
+
+    With `in_backward` a parameter moves as soon as the last micro-batch has completed its gradient, which is then
+    freed: two gradients are never alive at once. The numbers are those of stepping afterwards.
+
+    Args:
+        model: whose trainable parameters are followed.
+        optimizer: steps.
+        in_backward: whether parameters move in the backward pass.
     """
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in parameters if p.grad is not None]
-    norm = torch.linalg.vector_norm(torch.stack(norms))
-    value = norm.item()
-    # A norm that is not finite would spread to every gradient and hide where it came from.
-    if max_norm and math.isfinite(value):
-        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return value
+
+    def __init__(self, model: nn.Module, optimizer: SteppingOptimizer, *, in_backward: bool = False) -> None:
+        self._optimizer, self._in_backward = optimizer, in_backward
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._norms: dict[Tensor, Tensor] = {}
+        self._is_last = self._is_only = True
+        if in_backward or optimizer.accumulates:
+            for parameter in self._parameters:
+                parameter.register_post_accumulate_grad_hook(self._arrived)
+
+    @contextmanager
+    def of_micro_batch(self, number: int, count: int) -> Iterator[None]:
+        """Around the backward pass of micro-batch `number`, counted from 1, of a step that has `count`."""
+        self._is_last, self._is_only = number == count, count == 1
+        if number == 1:
+            self._norms.clear()
+        yield
+
+    def _arrived(self, parameter: Tensor) -> None:
+        if not self._is_only:
+            self._optimizer.accumulate(parameter)
+        if self._in_backward and self._is_last:
+            self._norms[parameter] = self._norm_of(parameter)
+            self._optimizer.step_parameter(parameter)
+            parameter.grad = None
+
+    def _norm_of(self, parameter: Tensor) -> Tensor:
+        gradient = self._optimizer.gradient(parameter)
+        assert gradient is not None
+        return torch.linalg.vector_norm(gradient, dtype=torch.float32)
+
+    def clip(self, max_norm: float) -> float:
+        """Scales the gradients so that their global norm is at most `max_norm`; 0 leaves them as they are.
+
+        A gradient that is summed in a random subspace has the norm that it has there, which is right on average.
+
+        Returns:
+            The norm before, in fp32 whatever the gradients are.
+        """
+        gradients = [g for g in map(self._optimizer.gradient, self._parameters) if g is not None]
+        if self._in_backward:
+            norms = [self._norms[p] for p in self._parameters if p in self._norms]
+        else:
+            norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
+        norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+        value = norm.item()
+        # A norm that is not finite would spread to every gradient and hide where it came from.
+        if max_norm and math.isfinite(value):
+            factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+            for gradient in gradients:
+                gradient.mul_(factor.to(gradient.device))
+        return value
+
+    def step(self) -> None:
+        """Moves the parameters that have not moved, and frees all gradients."""
+        if not self._in_backward:
+            self._optimizer.step()
+        for parameter in self._parameters:
+            parameter.grad = None
 
 
 def first_not_finite(model: nn.Module) -> str:

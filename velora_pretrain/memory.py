@@ -28,6 +28,8 @@ from torch.optim.optimizer import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from velora_pretrain.gradients import Gradients, SteppingOptimizer
+
 Category = Literal["weights", "gradients", "optimizer_state", "buffers", "saved_activations", "temporaries"]
 CATEGORIES: tuple[Category, ...] = (
     "weights",
@@ -60,7 +62,7 @@ class MemoryTracker(TorchDispatchMode):
         optimizer: its state is optimizer state, as of the last `settle`.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
+    def __init__(self, model: nn.Module, optimizer: Optimizer | SteppingOptimizer) -> None:
         super().__init__()
         self._model, self._optimizer = model, optimizer
         self._category: dict[int, Category] = {}
@@ -160,8 +162,10 @@ class MemoryTracker(TorchDispatchMode):
 
 def peak_of_step(
     model: nn.Module,
-    optimizer: Optimizer,
+    optimizer: SteppingOptimizer,
     micro_batches: Iterable[Callable[[], Tensor]],
+    *,
+    in_backward: bool = False,
 ) -> MemoryUse:
     """The peak of one training step, after a first one that has made the optimizer's state.
 
@@ -169,14 +173,19 @@ def peak_of_step(
         model: as it trains.
         optimizer: over its parameters.
         micro_batches: each gives the loss of one micro-batch; two of them show gradients beside activations.
+        in_backward: whether parameters move in the backward pass.
     """
     losses = list(micro_batches)
     with MemoryTracker(model, optimizer) as tracker:
+        # After the tracker, which sees each gradient before it is used.
+        gradients = Gradients(model, optimizer, in_backward=in_backward)
         for _ in range(2):
             tracker.forget_peak()
-            for loss in losses:
-                loss().backward()
-            optimizer.step()
+            for number, loss in enumerate(losses, start=1):
+                value = loss()
+                with gradients.of_micro_batch(number, len(losses)):
+                    value.backward()
+                del value
+            gradients.step()
             tracker.settle()
-            optimizer.zero_grad()
         return tracker.use

@@ -31,7 +31,7 @@ def predict_memory(run: Run, micro_batch: int, *, accumulates: bool) -> MemoryUs
     with FakeTensorMode():
         mode = build_mode(run)
         with default_dtype(WEIGHT_DTYPES[run.precision]):
-            model = Llama(run.llama)
+            model = Llama(run.llama, recompute=run.memory.recompute)
         mode.adapt(model)
         optimizer = mode.build_optimizer(model)
         tokens = torch.zeros(micro_batch, run.batch.sequence_length, dtype=torch.int64)
@@ -44,8 +44,9 @@ def predict_memory(run: Run, micro_batch: int, *, accumulates: bool) -> MemoryUs
             with torch.no_grad():
                 loss()
 
-        mode.before_step(model, 1, run_forward)
-        return peak_of_step(model, optimizer, [loss, loss] if accumulates else [loss])
+        mode.before_step(model, optimizer, 1, run_forward)
+        in_backward = run.optimizer.update == "in_backward"
+        return peak_of_step(model, optimizer, [loss, loss] if accumulates else [loss], in_backward=in_backward)
 
 
 def free_memory_bytes(device: torch.device) -> int:

@@ -5,6 +5,7 @@
       metrics.jsonl                   one flat record a line, units in the names
       checkpoints/step-00000100/      see `checkpoint.py`
       summary.json                    final figures
+      failure.json                    step and reason, where the numbers failed and ended the run
 
 No torch here: reports and error messages answer at once.
 """
@@ -52,6 +53,8 @@ class TrainingRecord:
     """Largest memory use so far: allocated on the device, or resident on a CPU."""
     data_wait_seconds: float
     """Time for which this step waited for its batch."""
+    zero_moments_share: float | None = None
+    """Share of the adapters' moments that are zero after this step has started them anew; only in such a step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +98,7 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
         self.summary = path / "summary.json"
+        self.failure = path / "failure.json"
 
     def holds_run(self) -> bool:
         """Whether a run has done a step here; one that failed before its first step left nothing to lose."""
@@ -134,12 +138,14 @@ class RunFolder:
     def write_run(self, run: Run) -> None:
         """Writes config.toml, whole or not at all; `train --recipe` accepts it back."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self.failure.unlink(missing_ok=True)  # of the run that goes on from here
         write_atomically(self.config, tomli_w.dumps(run.model_dump(mode="json", exclude_none=True)).encode())
 
     def append(self, record: TrainingRecord | EvaluationRecord) -> None:
-        """Appends one line to metrics.jsonl, with null for a number that is not finite."""
+        """Appends one line to metrics.jsonl, with null for a number that is not finite; what is None is left out."""
+        fields = {key: value for key, value in asdict(record).items() if value is not None}
         with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(finite(asdict(record)), allow_nan=False) + "\n")
+            file.write(json.dumps(finite(fields), allow_nan=False) + "\n")
 
     def sync_metrics(self) -> None:
         """Brings metrics.jsonl to disk."""
@@ -166,6 +172,10 @@ class RunFolder:
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Writes summary.json, whole or not at all, with null for numbers that are not finite."""
         write_atomically(self.summary, (json.dumps(finite(summary), indent=2, allow_nan=False) + "\n").encode())
+
+    def write_failure(self, step: int, reason: str) -> None:
+        """Writes failure.json, whole or not at all: the step at which the numbers failed, and what was not finite."""
+        write_atomically(self.failure, (json.dumps({"step": step, "reason": reason}, indent=2) + "\n").encode())
 
 
 def step_of(checkpoint: Path) -> int:

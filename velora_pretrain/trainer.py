@@ -28,7 +28,7 @@ from velora_pretrain.display import Display
 from velora_pretrain.distributed import all_reduce, data_parallel, start_processes
 from velora_pretrain.errors import UserError
 from velora_pretrain.evaluation import EVALUATION_MICRO_BATCH, EVALUATION_SEQUENCES, evaluate
-from velora_pretrain.gradients import clip_gradients, first_not_finite
+from velora_pretrain.gradients import Gradients, first_not_finite
 from velora_pretrain.modes import build_mode
 from velora_pretrain.nn.llama import Llama
 from velora_pretrain.optim.schedule import lr_multiplier
@@ -78,11 +78,13 @@ class Trainer:
 
         torch.manual_seed(run.seed)
         self.mode = build_mode(run)
-        self.model = Llama(run.llama, seed=run.seed)
+        self.model = Llama(run.llama, seed=run.seed, recompute=run.memory.recompute)
         self.mode.adapt(self.model)
         self.model.to(device=self.device, dtype=WEIGHT_DTYPES[run.precision])
         self.wrapped: nn.Module = data_parallel(self.accelerator, self.model)
         self.optimizer = self.mode.build_optimizer(self.model)
+        self.in_backward = run.optimizer.update == "in_backward"
+        self.gradients = Gradients(self.model, self.optimizer, in_backward=self.in_backward)
         if self.prepared.checkpoint:
             checkpoint.restore(self.prepared.checkpoint, model=self.model, optimizer=self.optimizer)
             display.note(f"going on from {self.prepared.checkpoint}")
@@ -131,7 +133,7 @@ class Trainer:
             sequences=run.batch.sequences,
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
-            seed=run.seed,
+            seed=run.shuffle_seed,
             shuffle_block_documents=run.reading.shuffle_block_documents,
             max_bad_lines=run.reading.max_bad_lines,
             prefetch_batches=run.reading.prefetch_batches,
@@ -175,7 +177,7 @@ class Trainer:
         run, began, waited = self.run, time.monotonic(), loader.wait_seconds
         batch = self._next_batch(loader)
         step = self.done_steps + 1
-        multiplier = lr_multiplier(
+        multiplier = self.mode.lr_multiplier(step) * lr_multiplier(
             step,
             steps=run.steps,
             warmup_steps=run.warmup_steps,
@@ -185,7 +187,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = run.lr * multiplier
         micro_batches = self._micro_batches(batch)
-        self.mode.before_step(self.model, step, lambda: self._forward_only(micro_batches))
+        self.mode.before_step(self.model, self.optimizer, step, lambda: self._forward_only(micro_batches))
         nats = self._backward(micro_batches, batch.num_target_tokens)
 
         # One message between processes: the loss, whether anyone was told to stop, whether the first one's clock is up.
@@ -194,17 +196,17 @@ class Trainer:
         message = torch.tensor([nats, self.signals.is_set, is_due], dtype=torch.float64)
         nats, stops, due = all_reduce(self.accelerator, message).tolist()
         loss = nats / max(1, batch.num_target_tokens)
-        grad_norm = clip_gradients(self.model, run.optimizer.clip_norm)
+        grad_norm = self.gradients.clip(run.optimizer.clip_norm)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             last = self.folder.checkpoints_newest_first()
             kept = f"the last good checkpoint is {last[0]}" if last else "no checkpoint was written yet"
+            self._record_failure(step, f"the loss is {loss}, the gradient norm {grad_norm}")
             raise UserError(
                 f"step {step}: the loss is {loss}; first tensor that is not finite: {first_not_finite(self.model)}. The"
-                f" step was not taken; {kept}. Lower the learning rate, or set optimizer.clip_norm, in a new run"
+                f" step was {'cut short' if self.in_backward else 'not taken'}; {kept}. Lower the learning rate, or set optimizer.clip_norm, in a new run"
             )
-        self.optimizer.step()
-        self.mode.after_step(self.model, step)
-        self.optimizer.zero_grad()
+        self.gradients.step()
+        shares = self.mode.after_step(self.model, self.optimizer, step)
 
         self.done_steps, self.cursor = step, batch.cursor
         self.tokens += batch.num_input_tokens
@@ -217,6 +219,7 @@ class Trainer:
             tokens_per_second=batch.num_input_tokens / (time.monotonic() - began),
             peak_memory_bytes=peak_memory_bytes(self.device),
             data_wait_seconds=loader.wait_seconds - waited,
+            **shares,
         )
         if self.accelerator.is_main_process:
             self.folder.append(record)
@@ -258,12 +261,17 @@ class Trainer:
         factor = self.accelerator.num_processes / max(1, num_targets)
         nats = torch.zeros((), dtype=torch.float32, device=self.device)
         for place, (inputs, labels) in enumerate(micro_batches, start=1):
-            is_last = place == len(micro_batches)
-            with nullcontext() if is_last else self.accelerator.no_sync(self.wrapped):
+            # A sum that is kept in a form of its own is over what all processes have sent.
+            is_sent = place == len(micro_batches) or self.optimizer.accumulates
+            with nullcontext() if is_sent else self.accelerator.no_sync(self.wrapped):
                 with autocast(self.run.precision, self.device.type):
                     loss = self.wrapped(inputs, labels)
                 nats += loss.detach()
-                (loss * factor).backward()
+                if self.in_backward and not loss.isfinite():
+                    # Parameters that moved by it could not be saved any more.
+                    return nats.item()
+                with self.gradients.of_micro_batch(place, len(micro_batches)):
+                    (loss * factor).backward()
             self.display.micro_batch(place, len(micro_batches))
             if self.signals.is_set and not self.is_stop_told:
                 self.display.note("finishing this step, then writing a checkpoint; once more to stop at once")
@@ -318,12 +326,17 @@ class Trainer:
             progress=self._evaluation_progress,
         )
         if not math.isfinite(score.nats):
+            self._record_failure(self.done_steps, f"the validation loss is {score.nats}")
             raise UserError(f"the validation loss is {score.nats}; lower the learning rate in a new run")
         record = score.record(self.done_steps)
         if self.accelerator.is_main_process:
             self.folder.append(record)
         self.evaluated_steps.add(record.step)
         self.display.evaluation(record)
+
+    def _record_failure(self, step: int, reason: str) -> None:
+        if self.accelerator.is_main_process:
+            self.folder.write_failure(step, reason)
 
     def _save(self) -> str:
         """Writes a checkpoint; gives its path."""
