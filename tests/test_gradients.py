@@ -28,9 +28,7 @@ def losses(run: Any, path: Path) -> list[tuple[float, float]]:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_stepping_in_the_backward_pass_changes_nothing(
-    tiny_run: Callable[..., Any], tmp_path: Path, mode: str
-) -> None:
+def test_stepping_in_the_backward_pass_changes_nothing(tiny_run: Callable[..., Any], tmp_path: Path, mode: str) -> None:
     """One micro-batch a step: losses, norms and the final perplexity are bitwise those of stepping after it."""
     settings = {"mode": mode, "batch__micro_batch": 8, "optimizer__weight_decay": 0.1, **SETTINGS}
     expected = losses(tiny_run(**settings), tmp_path / "after")

@@ -15,7 +15,6 @@ from velora_pretrain.nn.velora import VeLoRALinear
 from velora_pretrain.optim.adamw import AdamW
 from velora_pretrain.recipe import resolve
 
-
 no_optimizer = AdamW([torch.nn.Parameter(torch.zeros(1))])
 """What a step looks at the optimizer for is tested elsewhere."""
 

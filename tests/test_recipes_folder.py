@@ -6,22 +6,45 @@ import pytest
 
 from velora_pretrain.config import MODES, ModesTable
 from velora_pretrain.dimensions import PUBLISHED_STEPS
-from velora_pretrain.recipe import read_recipe, resolve
+from velora_pretrain.perplexity import check_comparable
+from velora_pretrain.recipe import differences, read_recipe, resolve
+from velora_pretrain.variants import plan_cells
 
 FOLDER = Path(__file__).parent.parent / "recipes"
 RECIPES = sorted(FOLDER.glob("*.toml"))
 STEPS = PUBLISHED_STEPS | {"7b": 150_000}
 
 
-def test_there_is_one_recipe_per_published_size_and_the_quickstart():
-    assert {path.stem for path in RECIPES} == {"quickstart", *(f"llama_{size}" for size in STEPS)}
+ABLATIONS = {"velora_initialisation": 4, "velora_width": 4, "velora_placement": 12}
+"""Variants of each."""
+COMPARISONS = {"small_comparison": 5, **ABLATIONS}
+
+
+def test_there_is_one_recipe_per_published_size_the_quickstart_and_comparisons():
+    assert {path.stem for path in RECIPES} == {"quickstart", *COMPARISONS, *(f"llama_{size}" for size in STEPS)}
+
+
+@pytest.mark.parametrize(("name", "variants"), COMPARISONS.items())
+def test_comparisons_are_of_as_many_runs_as_they_say(name: str, variants: int):
+    cells = plan_cells(name, {}, [])
+    assert len({cell.variant.label for cell in cells}) == variants
+    assert len(cells) == variants * 3 * 2
+    check_comparable({cell.slug: cell.run for cell in cells})
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_ablations_hold_to_the_published_protocol(name: str):
+    ablation, published = resolve(name, {}, []), resolve("llama_60m", {"mode": "velora"}, [])
+    others = ("compare.", "modes.galore.", "modes.lora.", "modes.flora.", "modes.velora.lr")
+    assert [key for key in differences(ablation, published) if not key.startswith(others)] == []
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 @pytest.mark.parametrize("mode", MODES)
 def test_every_recipe_loads_in_every_mode(path: Path, mode: str):
     assert resolve(path.stem, {"mode": mode}, []) == resolve(str(path), {"mode": mode}, [])
-    assert set(read_recipe(path)["modes"]) == set(ModesTable.model_fields)
+    if path.stem not in ABLATIONS:
+        assert set(read_recipe(path)["modes"]) == set(ModesTable.model_fields)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -18,6 +18,7 @@ from velora_pretrain.data.tokenizer import load_tokenizer
 from velora_pretrain.display import Display
 from velora_pretrain.errors import UserError
 from velora_pretrain.nn.llama import Llama
+from velora_pretrain.optim.adamw import AdamW
 from velora_pretrain.recipe import build_run, read_recipe
 from velora_pretrain.records import RunFolder
 from velora_pretrain.trainer import Trainer, train
@@ -139,14 +140,15 @@ def test_same_seed_same_weights_and_another_seed_others(tiny_run: Callable[..., 
 def test_clipping_bounds_the_step(
     tiny_run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = []
-    step = torch.nn.utils.clip_grads_with_norm_
+    seen: list[float] = []
+    step = AdamW.step
 
-    def spy(parameters: list[torch.Tensor], max_norm: float, norm: torch.Tensor) -> None:
-        step(parameters, max_norm, norm)
-        seen.append(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).item())
+    def spy(self: AdamW) -> None:
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        seen.append(torch.nn.utils.get_total_norm(gradients).item())
+        step(self)
 
-    monkeypatch.setattr("velora_pretrain.gradients.nn.utils.clip_grads_with_norm_", spy)
+    monkeypatch.setattr(AdamW, "step", spy)
     trained(tiny_run(optimizer__clip_norm=0.5), tmp_path)
     assert records(tmp_path, "grad_norm")[0] > 0.5
     assert seen[0] == pytest.approx(0.5, rel=1e-4)

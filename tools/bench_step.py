@@ -29,6 +29,7 @@ from figures import MIB, environment, environment_line, spread, wide_console, wi
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
 
 from velora_pretrain.config import Precision
 from velora_pretrain.memory import peak_of_step
@@ -103,6 +104,26 @@ def take_step(contender: Contender, work: Work, micro_batches: Sequence[tuple[Te
     )
 
 
+class AnyOptimizer:
+    """An optimizer of PyTorch's kind as memory accounting asks for it: dense gradients, stepped together."""
+
+    accumulates = False
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.state, self.step = optimizer.state, optimizer.step
+
+    def accumulate(self, parameter: Tensor) -> None:
+        """Leaves the gradient where it is."""
+
+    def gradient(self, parameter: Tensor) -> Tensor | None:
+        """The dense one."""
+        return parameter.grad
+
+    def step_parameter(self, parameter: Tensor) -> None:
+        """Is not asked for: nothing is stepped in the backward pass."""
+        raise NotImplementedError
+
+
 def prepare(name: str, work: Work, initial: Llama, warmup_steps: int) -> Contender:
     """Builds a contender, takes its first loss, warms it up and measures the peak memory of its step.
 
@@ -127,7 +148,7 @@ def prepare(name: str, work: Work, initial: Llama, warmup_steps: int) -> Contend
         contender.peak_bytes = torch.cuda.max_memory_allocated() - before_bytes
         return contender
     losses = [lambda micro_batch=micro_batch: contender.loss(*micro_batch) for micro_batch in micro_batches]
-    contender.peak_bytes = peak_of_step(contender.model, contender.optimizer, losses).peak_bytes
+    contender.peak_bytes = peak_of_step(contender.model, AnyOptimizer(contender.optimizer), losses).peak_bytes
     for _ in range(warmup_steps - TRACKED_STEPS):
         take_step(contender, work, micro_batches)
     return contender

@@ -349,6 +349,17 @@ class VeLoRATable(Section):
         return self
 
 
+class CompareTable(Section):
+    """`[compare]`: what `compare perplexity` trains of this recipe where its options do not say."""
+
+    modes: Annotated[tuple[str, ...], AsList] = ()
+    """As `--modes`: each a mode, or a mode with settings of its own in brackets; by default every mode."""
+    learning_rates: Annotated[tuple[str, ...], AsList] = ()
+    """As `--learning-rates`: each some rates with commas between, for all modes or, after its name, for one."""
+    seeds: Annotated[tuple[NonNegativeInt, ...], AsList] = ()
+    """Seeds of the weights; by default `seed`."""
+
+
 class ModesTable(Section):
     """`[modes]`: one table per training mode."""
 
@@ -403,6 +414,8 @@ class Run(Section):
     """Reading of documents."""
     modes: ModesTable = ModesTable()
     """Settings of each mode."""
+    compare: CompareTable = CompareTable()
+    """What a comparison trains."""
 
     @model_validator(mode="after")
     def _agrees(self) -> Run:

@@ -297,7 +297,7 @@ class Mode:
         if self.run.optimizer.state_bits == 8:
             check_eight_bit()
         rules: Rules = {}
-        # The last method named is the one that adapts layers; the first takes the projections that it left as they were.
+        # The last method named adapts layers; those before it take the projections that it has left as they were.
         for method in reversed(self.methods):
             free = [p for p in projection_weights(model) if p.requires_grad and p not in rules]
             rules = {**method.rules(model, free), **rules}
@@ -323,7 +323,10 @@ class Mode:
 
     def options(self) -> dict[str, Any]:
         """See `Method`."""
-        return {key: value for method in self.methods for key, value in method.options().items()}
+        each = {name: method.options() for name, method in zip(self.run.mode_tables, self.methods, strict=True)}
+        if len(each) == 1:
+            return each[self.run.mode]
+        return {f"{name}.{key}": value for name, options in each.items() for key, value in options.items()}
 
 
 def build_mode(run: Run) -> Mode:
@@ -333,11 +336,9 @@ def build_mode(run: Run) -> Mode:
 
 def projection_weights(model: nn.Module) -> list[nn.Parameter]:
     """Weights of the blocks' projections that are plain linear layers, in the model's order."""
-    return [
-        module.weight
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in PROJECTIONS
-    ]
+    linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    weights = [linear.weight for name, linear in linears if name.rpartition(".")[2] in PROJECTIONS]
+    return [weight for weight in weights if isinstance(weight, nn.Parameter)]
 
 
 def parameter_groups(model: nn.Module, run: Run) -> list[dict[str, Any]]:

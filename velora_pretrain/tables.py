@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
@@ -89,6 +90,119 @@ def print_memory_rows(rows: Sequence[Mapping[str, Any]], console: Console | None
         own = _words({key: value for key, value in row["options"].items() if key not in common}) or "default"
         for note in row.get("notes", ()):
             console.print(f"{row['mode']}, {own}: {note}", markup=False, highlight=False)
+
+
+def print_perplexity(result: Mapping[str, Any], console: Console | None = None) -> None:
+    """Prints each variant at its best learning rate, what to know about it, and every cell.
+
+    Args:
+        result: as `compare perplexity` gives it in JSON.
+        console: where to; standard output by default.
+    """
+    rows, shared = result["rows"], result["settings"]
+    console = console or output_console()
+    console.print(_best_rates_table(rows, shared))
+    for row in rows:
+        for note in _perplexity_notes(row):
+            console.print(f"{row['variant']}: {note}", markup=False, highlight=False)
+    if any(row["side_by_side"] for row in rows):
+        console.print("Speeds were taken with cells side by side: they are lower than alone, and say little.")
+    if len(shared["devices"]) > 1:
+        console.print(f"Cells ran on {', '.join(shared['devices'])}: their speeds and memory cannot be compared.")
+    console.print("Memory measured on a CPU is that of the whole process.")
+    console.print(_cells_table(rows, shared["seeds"]))
+
+
+def _best_rates_table(rows: Sequence[Mapping[str, Any]], shared: Mapping[str, Any]) -> Table:
+    seeds = len(shared["seeds"])
+    table = Table(
+        title=f"Validation perplexity after {shared['steps']:,} steps, each variant at its best learning rate"
+        + (f", mean ± sd over {seeds} seeds" if seeds > 1 else ", one seed"),
+        title_justify="left",
+    )
+    table.add_column("variant", overflow="fold")
+    own = [_words(_unlabelled(row)) for row in rows]
+    if any(own):
+        table.add_column("other settings", overflow="fold")
+    baseline = shared["baseline"] or "the baseline"
+    for name in (
+        "learning rate",
+        "perplexity",
+        f"gap to {baseline} in %",
+        "peak GiB, predicted",
+        "measured",
+        "tokens/s",
+    ):
+        table.add_column(name, justify="right")
+    peaks = [row["peak_memory_bytes"] for row in rows]
+    decimals = _decimals([{"peak_bytes": value} for peak in peaks for value in peak.values() if value is not None])
+    for row, words in zip(rows, own, strict=True):
+        memory = [None if peak is None else gib(peak, decimals) for peak in row["peak_memory_bytes"].values()]
+        table.add_row(
+            row["variant"],
+            *([words] if any(own) else []),
+            "none" if row["learning_rate"] is None else f"{row['learning_rate']:g}",
+            _spread(row["perplexity_mean"], row["perplexity_sd"], seeds),
+            "" if row["variant"] == shared["baseline"] else _gap(row, seeds),
+            *(figure or "n/a" for figure in memory),
+            "n/a" if row["tokens_per_second"] is None else f"{row['tokens_per_second']:,.0f}",
+        )
+    return table
+
+
+def _perplexity_notes(row: Mapping[str, Any]) -> list[str]:
+    """What a reader should know before trusting a row."""
+    cells, notes = row["cells"], []
+    rates = [cell["learning_rate"] for cell in cells]
+    if row["at_edge"]:
+        ways = [way for way, edge in (("smaller", min(rates)), ("larger", max(rates))) if row["learning_rate"] == edge]
+        if len(ways) > 1:
+            notes.append("only one learning rate tried: try a smaller and a larger one")
+        else:
+            notes.append(f"best at the edge of the rates tried: try a {ways[0]} one")
+    diverged = [cell for cell in cells if cell["diverged_at_step"] is not None]
+    notes += [
+        f"diverged at step {cell['diverged_at_step']} (learning rate {cell['learning_rate']:g}, seed {cell['seed']})"
+        for cell in diverged
+    ]
+    return notes
+
+
+def _cells_table(rows: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> Table:
+    """Validation perplexity of every cell; the best learning rate of each variant is marked."""
+    table = Table(title="Validation perplexity of every run, best learning rates marked *", title_justify="left")
+    table.add_column("variant", overflow="fold")
+    table.add_column("learning rate", justify="right")
+    for seed in seeds:
+        table.add_column(f"seed {seed}", justify="right")
+    for row in rows:
+        for rate in dict.fromkeys(cell["learning_rate"] for cell in row["cells"]):
+            own = {cell["seed"]: cell for cell in row["cells"] if cell["learning_rate"] == rate}
+            mark = " *" if rate == row["learning_rate"] else "  "
+            figures = [
+                "diverged" if own[seed]["diverged_at_step"] is not None else _spread(own[seed]["perplexity"], None, 1)
+                for seed in seeds
+            ]
+            table.add_row(row["variant"], f"{rate:g}{mark}", *figures)
+    return table
+
+
+def _unlabelled(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The mode's settings that do not stand in the variant's label."""
+    return {key: value for key, value in row["options"].items() if f"{key}=" not in row["variant"].replace(" ", "")}
+
+
+def _spread(mean: float | None, sd: float | None, seeds: int) -> str:
+    if mean is None or not math.isfinite(mean):
+        return "not finite"
+    return f"{mean:.2f}" + ("" if seeds == 1 else " ± n/a" if sd is None else f" ± {sd:.2f}")
+
+
+def _gap(row: Mapping[str, Any], seeds: int) -> str:
+    mean, sd = row["gap_to_full_percent"], row["gap_to_full_percent_sd"]
+    if mean is None:
+        return "n/a"
+    return f"{mean:+.1f}" + ("" if seeds == 1 else " ± n/a" if sd is None else f" ± {sd:.1f}")
 
 
 def output_console() -> Console:

@@ -203,7 +203,8 @@ class Trainer:
             self._record_failure(step, f"the loss is {loss}, the gradient norm {grad_norm}")
             raise UserError(
                 f"step {step}: the loss is {loss}; first tensor that is not finite: {first_not_finite(self.model)}. The"
-                f" step was {'cut short' if self.in_backward else 'not taken'}; {kept}. Lower the learning rate, or set optimizer.clip_norm, in a new run"
+                f" step was {'cut short' if self.in_backward else 'not taken'}; {kept}. Lower the learning rate, or set"
+                " optimizer.clip_norm, in a new run"
             )
         self.gradients.step()
         shares = self.mode.after_step(self.model, self.optimizer, step)

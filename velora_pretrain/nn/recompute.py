@@ -54,20 +54,20 @@ def run_again_in_backward(region: Callable[..., Tensor], *inputs: Tensor) -> Ten
 
 
 class _Rebuilt:
-    """A tensor that stands for all its saved views: made when the first is asked for, dropped after the last."""
+    """A tensor in the place of all its saved views: made when the first is asked for, dropped after the last."""
 
     def __init__(self, make: Callable[[], Tensor]) -> None:
         self._make = make
         self._num_saved = self._num_left = 0
         self._value: Tensor | None = None
 
-    def save(self, view: Tensor) -> Callable[[], Tensor]:
-        """What is kept in the place of `view`: gives it again."""
-        shape, strides, offset = view.shape, view.stride(), view.storage_offset()
+    def save(self, view: Tensor) -> _Kept:
+        """What is kept in the place of `view`."""
         self._num_saved += 1
-        return lambda: self._take().as_strided(shape, strides, offset)
+        return _Kept(self, view)
 
-    def _take(self) -> Tensor:
+    def take(self) -> Tensor:
+        """The tensor, for one of its views."""
         value = self._value
         if value is None:
             with torch.no_grad():
@@ -76,6 +76,17 @@ class _Rebuilt:
         self._num_left -= 1
         self._value = value if self._num_left else None
         return value
+
+
+class _Kept:
+    """One saved view: called, it gives the view again."""
+
+    def __init__(self, rebuilt: _Rebuilt, view: Tensor) -> None:
+        self._rebuilt = rebuilt
+        self._layout = (view.shape, view.stride(), view.storage_offset())
+
+    def __call__(self) -> Tensor:
+        return self._rebuilt.take().as_strided(*self._layout)
 
 
 @contextmanager
@@ -88,7 +99,7 @@ def rebuilt_in_backward(tensor: Tensor, make: Callable[[], Tensor]) -> Iterator[
     """
     storage, rebuilt = tensor.untyped_storage()._cdata, _Rebuilt(make)
     # Hooks around these ones, a memory tracker's for instance, still see all other tensors.
-    outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    outer = torch._C._autograd._top_saved_tensors_default_hooks(False)  # pyright: ignore[reportAttributeAccessIssue]
 
     def pack(saved: Tensor) -> Any:
         if saved.untyped_storage()._cdata == storage:
@@ -97,9 +108,9 @@ def rebuilt_in_backward(tensor: Tensor, make: Callable[[], Tensor]) -> Iterator[
         return outer[0](saved) if outer else saved.detach()
 
     def unpack(packed: Any) -> Tensor:
-        if isinstance(packed, Tensor):
-            return outer[1](packed) if outer else packed
-        return packed() if callable(packed) else outer[1](packed)
+        if isinstance(packed, _Kept):
+            return packed()
+        return outer[1](packed) if outer else packed
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield

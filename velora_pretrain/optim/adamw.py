@@ -5,8 +5,8 @@ moves one parameter from its gradient, its state and its group's settings; each 
 a rule in a file of its own, so methods combine by being given to different parameters. Moments are fp32, or wider where
 the gradient is, or kept in 8 bits (`moments.py`).
 
-The rule of this file is `Factored`. A factored weight W: (M, D) receives its gradient as C: (M, G), which stands for C ⊗ v with v: (s,), s = D / G, ‖v‖ = 1.
-The moments live in (M, G) too, s times smaller than W's. Two update rules:
+The rule of this file is `Factored`. A factored weight W: (M, D) receives its gradient as C: (M, G), which stands for
+C ⊗ v with v: (s,), s = D / G, ‖v‖ = 1. The moments live in (M, G) too, s times smaller than W's. Two update rules:
 
     dense       AdamW on C ⊗ v, element by element. Its moments are m ⊗ v and u ⊗ v², so its step is recovered exactly:
                 m̂ v_j / (√û |v_j| + ε). This is what a dense optimizer would do, without its memory.
