@@ -24,12 +24,18 @@ def torchrun(processes: int, *arguments: str) -> subprocess.CompletedProcess[str
     )
 
 
-@pytest.mark.parametrize("mode", ["full", "velora"])
+@pytest.mark.parametrize("mode", ["full", "galore", "lora", "flora", "velora"])
 def test_two_processes_give_the_losses_of_one(tiny_recipe: Callable[..., Path], tmp_path: Path, mode: str) -> None:
     recipe = tiny_recipe(
         mode=mode,
         modes__velora__layers="all",
         modes__velora__refresh_every=3,
+        modes__galore__rank=8,
+        modes__galore__update_gap=3,
+        modes__galore__finder="svd",
+        modes__lora__dropout=0.0,
+        modes__lora__restart_every=4,
+        modes__flora__kappa=2,
         batch__micro_batch=2,
         optimizer__clip_norm=1.0,
         evaluation__every_steps=3,
@@ -55,6 +61,13 @@ def test_two_processes_give_the_losses_of_one(tiny_recipe: Callable[..., Path], 
     )
     for name, tensor in ours.items():
         torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=1e-3)
+
+
+def test_stepping_in_the_backward_pass_is_refused(tiny_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    recipe = tiny_recipe(optimizer__update="in_backward", batch__micro_batch=2)
+    refused = torchrun(2, "train", "--recipe", str(recipe), "--run-dir", str(tmp_path / "run"))
+    assert refused.returncode != 0
+    assert "optimizer.update: in_backward moves weights before the processes have exchanged" in refused.stderr
 
 
 def test_processes_that_cannot_share_the_batch_are_told(tiny_recipe: Callable[..., Path], tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def test_sizes_modes_and_recipes_are_those_that_exist():
     assert sizes.split(", ") == list(SIZES)
     assert modes.split(", ") == list(MODES)
     recipes = {path.stem for path in (ROOT / "recipes").glob("*.toml")}
-    assert set(re.findall(r"`(quickstart|llama_\w+)`", README)) == recipes
+    assert set(re.findall(r"`(quickstart|small_\w+|llama_\w+|velora_\w+)`", README)) == recipes
 
 
 def test_the_end_of_the_first_command_is_shown():
@@ -109,7 +109,7 @@ def test_examples_name_commands_and_options_that_exist(
 
 def test_every_option_in_the_text_exists(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("COLUMNS", "200")
-    commands = (["train"], ["eval", "checkpoint"], ["compare", "memory"])
+    commands = (["train"], ["eval", "checkpoint"], ["compare", "memory"], ["compare", "perplexity"])
     known = "".join(help_of(command, capsys) for command in commands)
     mentioned = set(re.findall(r"`(--[a-z-]+)", README))
     assert mentioned

@@ -12,11 +12,14 @@ import torch
 import transformers
 from safetensors.torch import load, load_file
 
+from velora_pretrain.config import MODES
 from velora_pretrain.data.c4 import resolve
 from velora_pretrain.data.loader import TrainLoader
 from velora_pretrain.data.tokenizer import load_tokenizer
 from velora_pretrain.display import Display
 from velora_pretrain.errors import UserError
+from velora_pretrain.evaluation import evaluate_checkpoint
+from velora_pretrain.hugging_face import load_llama
 from velora_pretrain.nn.llama import Llama
 from velora_pretrain.optim.adamw import AdamW
 from velora_pretrain.recipe import build_run, read_recipe
@@ -140,18 +143,68 @@ def test_same_seed_same_weights_and_another_seed_others(tiny_run: Callable[..., 
 def test_clipping_bounds_the_step(
     tiny_run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[float] = []
+    seen: list[torch.Tensor] = []
     step = AdamW.step
 
     def spy(self: AdamW) -> None:
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        seen.append(torch.nn.utils.get_total_norm(gradients).item())
+        seen.append(torch.nn.utils.get_total_norm(gradients))
         step(self)
 
     monkeypatch.setattr(AdamW, "step", spy)
     trained(tiny_run(optimizer__clip_norm=0.5), tmp_path)
     assert records(tmp_path, "grad_norm")[0] > 0.5
-    assert seen[0] == pytest.approx(0.5, rel=1e-4)
+    assert seen[0].item() == pytest.approx(0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_learns_and_its_checkpoint_scores_what_the_run_did(
+    tiny_run: Callable[..., Any], tmp_path: Path, mode: str
+) -> None:
+    """Also where the checkpoint's weights are merged, and transformers reads them."""
+    settings = {"modes__galore__rank": 8, "modes__lora__rank": 16, "modes__flora__rank": 8}
+    run = tiny_run(mode=mode, schedule__steps=40, batch__sequences=16, batch__micro_batch=8, **settings)
+    summary = trained(run, tmp_path)
+    assert records(tmp_path, "loss_nats_per_token")[-1] < 0.85 * records(tmp_path, "loss_nats_per_token")[0]
+    again = evaluate_checkpoint(tmp_path, data=None, tokens=None, device="cpu", display=Display())
+    assert again["eval_tokens"] == summary["final_evaluation"]["eval_tokens"]
+    assert again["perplexity"] == pytest.approx(summary["final_evaluation"]["perplexity"], rel=1e-5)
+    checkpoint = RunFolder(tmp_path).checkpoints_newest_first()[0]
+    theirs = transformers.LlamaForCausalLM.from_pretrained(checkpoint)
+    tokens = torch.arange(2, 34).view(2, 16)
+    ours = load_llama(checkpoint).logits(tokens)
+    torch.testing.assert_close(theirs(tokens).logits, ours, atol=1e-5, rtol=1e-4)
+
+
+def test_restarts_merge_reset_and_warm_up_again(tiny_run: Callable[..., Any], tmp_path: Path) -> None:
+    settings = {"restart_every": 3, "restart_warmup_steps": 2, "reset_share": 0.9, "rank": 8}
+    run = tiny_run(
+        mode="lora",
+        schedule__steps=8,
+        schedule__kind="constant",
+        schedule__warmup_steps=0,
+        **{f"modes__lora__{key}": value for key, value in settings.items()},
+    )
+    display = Silent()
+    train(run, RunFolder(tmp_path), resume=False, display=display)
+    rates = [rate / run.lr for rate in records(tmp_path, "learning_rate")]
+    assert rates == pytest.approx([1, 1, 1, 0.5, 1, 1, 0.5, 1])
+    restarts = {r["step"]: r["zero_moments_share"] for r in RunFolder(tmp_path).records() if "zero_moments_share" in r}
+    assert set(restarts) == {3, 6}
+    assert all(0.9 <= share < 1 for share in restarts.values())
+    assert [note for note in display.notes if note.startswith("step 3: zero moments share 0.9")]
+
+
+def test_blocks_can_learn_at_a_rate_of_their_own(tiny_run: Callable[..., Any], tmp_path: Path) -> None:
+    """Adam's first step is the learning rate times a sign, so a ratio of the rates is one of the steps."""
+    begin = Llama(tiny_run().llama, seed=0).state_dict()
+    for ratio in (1.0, 0.25):
+        run = tiny_run(schedule__steps=1, schedule__warmup_steps=0, modes__full__block_lr_ratio=ratio)
+        trained(run, tmp_path / str(ratio))
+    plain, slower = (weights(tmp_path / name) for name in ("1.0", "0.25"))
+    for name, weight in begin.items():
+        ratio = 0.25 if ".layers." in name and weight.ndim == 2 else 1.0
+        torch.testing.assert_close(slower[name] - weight, ratio * (plain[name] - weight), atol=1e-6, rtol=1e-3)
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16"])

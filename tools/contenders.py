@@ -3,6 +3,7 @@
     transformers                LlamaForCausalLM with its own loss (sdpa, no cache), torch.optim.AdamW (fused)
     full                        the tool's model, loss and AdamW
     velora, velora-all          the same with compressed projections: value and down, or all seven
+    galore, lora, flora         the same in these modes, with an exact SVD and without dropout, so that devices agree
     straightforward-velora      VeLoRA as the paper writes it, on transformers' model and with torch.optim.AdamW: each
                                 compressed layer keeps its own z, rebuilds x̂ and computes the dense weight gradient
     straightforward-velora-all  the same on all seven
@@ -28,6 +29,7 @@ from velora_pretrain.devices import WEIGHT_DTYPES, autocast, default_dtype
 from velora_pretrain.modes import build_mode
 from velora_pretrain.nn.direction import Direction
 from velora_pretrain.nn.llama import Llama
+from velora_pretrain.nn.lora import LoRALinear
 from velora_pretrain.nn.loss import IGNORE_INDEX
 from velora_pretrain.nn.velora import VeLoRALinear
 from velora_pretrain.recipe import resolve
@@ -37,6 +39,9 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     "full": {"mode": "full"},
     "velora": {"mode": "velora"},
     "velora-all": {"mode": "velora", "modes.velora.layers": "all"},
+    "galore": {"mode": "galore", "modes.galore.finder": "svd"},
+    "lora": {"mode": "lora", "modes.lora.dropout": 0.0},
+    "flora": {"mode": "flora"},
     "straightforward-velora": {"mode": "velora"},
     "straightforward-velora-all": {"mode": "velora", "modes.velora.layers": "all"},
 }
@@ -166,14 +171,17 @@ def matmul_operations(name: str, work: Work) -> int:
     """Multiplications and additions of the matrix products in one step.
 
     A linear layer (N, D)(D, M) has three products of 2 N D M: forward, dx, dW. Compressed, dW is 2 N M G, and z 2 N D
-    once per compressed input; the straightforward way has z for every layer beside the dense dW. Attention has two
-    products forward and five backward (the scores are computed again), half of each causal.
+    once per compressed input; frozen, there is no dW. The straightforward way has z for every layer beside the dense
+    dW. Attention has two products forward and five backward (the scores are computed again), half of each causal. What
+    an optimizer multiplies, once a step, is left out.
     """
     run = work.run_of(name)
     tokens, operations = work.step_tokens, 0
     for module in adapted_outline(run).modules():
         if isinstance(module, nn.Linear):
             operations += 6 * tokens * module.in_features * module.out_features
+        elif isinstance(module, LoRALinear):
+            operations += 4 * tokens * module.in_features * module.out_features
         elif isinstance(module, VeLoRALinear):
             width, outputs = module.in_features, module.out_features
             if name in ON_TRANSFORMERS:

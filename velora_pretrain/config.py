@@ -171,11 +171,17 @@ class ReadingTable(Section):
     """Batches read and tokenised ahead of the training step."""
 
 
-class FullTable(Section):
-    """`[modes.full]`: full-rank AdamW."""
+class MethodTable(Section):
+    """Settings that every mode has."""
 
     lr: PositiveFloat | None = None
     """Peak learning rate of this mode; by default `optimizer.lr`."""
+    block_lr_ratio: PositiveFloat = 1.0
+    """Learning rate of the blocks' matrices over that of embedding, head and norms."""
+
+
+class FullTable(MethodTable):
+    """`[modes.full]`: full-rank AdamW."""
 
     def check_fit(self, dimensions: LlamaConfig) -> None:
         """Fits every model."""
@@ -186,13 +192,11 @@ class FullTable(Section):
         return {}
 
 
-class LowRankTable(Section):
+class LowRankTable(MethodTable):
     """Settings that every low-rank mode has."""
 
     rank: PositiveInt | None = None
     """Rank; by default the published one (128 at 60m, 256 at 130m), a quarter of the hidden width elsewhere."""
-    lr: PositiveFloat | None = None
-    """Peak learning rate of this mode; by default `optimizer.lr`."""
 
     def rank_at(self, dimensions: LlamaConfig) -> int:
         """The rank that is used at these dimensions."""
@@ -266,7 +270,7 @@ class FLoRATable(LowRankTable):
     """How gradients of several micro-batches are summed: in a random subspace of this rank, or in full."""
 
 
-class VeLoRATable(Section):
+class VeLoRATable(MethodTable):
     """`[modes.velora]`: rank-1 sub-token projections (arXiv 2405.17991)."""
 
     layers: Annotated[tuple[Projection, ...], AsList] | Literal["all"] = ("v_proj", "down_proj")
@@ -290,8 +294,6 @@ class VeLoRATable(Section):
     multiplied with the cosine between the old direction and the new."""
     step_scale: PositiveFloat | None = None
     """Factor on the steps of compressed weights; by default 1, and beside another method the factor of its own."""
-    lr: PositiveFloat | None = None
-    """Peak learning rate of this mode; by default `optimizer.lr`."""
 
     @property
     def projections(self) -> tuple[Projection, ...]:

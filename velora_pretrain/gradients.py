@@ -49,14 +49,25 @@ class Gradients:
         model: whose trainable parameters are followed.
         optimizer: steps.
         in_backward: whether parameters move in the backward pass.
+        are_exchanged: whether processes exchange gradients within the backward pass, so that they are complete only
+            after it; then nothing may move in it.
     """
 
-    def __init__(self, model: nn.Module, optimizer: SteppingOptimizer, *, in_backward: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: SteppingOptimizer,
+        *,
+        in_backward: bool = False,
+        are_exchanged: bool = False,
+    ) -> None:
+        assert not (in_backward and are_exchanged)
         self._optimizer, self._in_backward = optimizer, in_backward
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._norms: dict[Tensor, Tensor] = {}
         self._is_last = self._is_only = True
-        if in_backward or optimizer.accumulates:
+        self._collects_after = optimizer.accumulates and are_exchanged
+        if (in_backward or optimizer.accumulates) and not are_exchanged:
             for parameter in self._parameters:
                 parameter.register_post_accumulate_grad_hook(self._arrived)
 
@@ -67,6 +78,9 @@ class Gradients:
         if number == 1:
             self._norms.clear()
         yield
+        if self._collects_after:
+            for parameter in (p for p in self._parameters if p.grad is not None):
+                self._arrived(parameter)
 
     def _arrived(self, parameter: Tensor) -> None:
         if not self._is_only:

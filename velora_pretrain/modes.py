@@ -31,7 +31,7 @@ Rules = dict[nn.Parameter, Rule]
 
 
 class Method:
-    """What one method does to the model, its parameters and a step. On its own it does nothing: full rank."""
+    """What one method does to the model, its parameters and a step. This one, full rank, does nothing."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -72,7 +72,7 @@ class Method:
 
     def options(self) -> dict[str, Any]:
         """The settings that tell this method's rows in a table apart."""
-        return {}
+        return _chosen(self.run.modes.full)
 
 
 class GaLore(Method):
@@ -248,7 +248,8 @@ class VeLoRA(Method):
 
     def memory_notes(self) -> list[str]:
         """Names the layers whose input somebody else keeps."""
-        keepers = keepers_of_inputs(self.settings.projections)
+        are_copies = any(getattr(table, "dropout", 0.0) for table in self.run.mode_tables.values())
+        keepers = keepers_of_inputs(self.settings.projections, are_copies=are_copies)
         return [f"{name} saves no activation: its input is kept for {keeper}" for name, keeper in keepers.items()]
 
     def options(self) -> dict[str, Any]:
@@ -344,15 +345,15 @@ def projection_weights(model: nn.Module) -> list[nn.Parameter]:
 def parameter_groups(model: nn.Module, run: Run) -> list[dict[str, Any]]:
     """Each trainable parameter in exactly one group: matrices with weight decay, the rest without.
 
-    Moments of embedding and head stay in 32 bits.
+    Moments of embedding and head stay in 32 bits. A group's learning rate is `lr_ratio` times the run's.
     """
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     in_blocks = [p for name, p in trainable if p.ndim >= 2 and ".layers." in name]
     around = [p for name, p in trainable if p.ndim >= 2 and ".layers." not in name]
     vectors = [p for _, p in trainable if p.ndim < 2]
-    decay = run.optimizer.weight_decay
+    decay, ratio = run.optimizer.weight_decay, next(iter(run.mode_tables.values())).block_lr_ratio
     return [
-        {"params": in_blocks, "weight_decay": decay, "state_bits": run.optimizer.state_bits},
-        {"params": around, "weight_decay": decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": in_blocks, "weight_decay": decay, "lr_ratio": ratio, "state_bits": run.optimizer.state_bits},
+        {"params": around, "weight_decay": decay, "lr_ratio": 1.0},
+        {"params": vectors, "weight_decay": 0.0, "lr_ratio": 1.0},
     ]

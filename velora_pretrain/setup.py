@@ -55,6 +55,11 @@ def prepare(run: Run, folder: RunFolder, *, resume: bool, accelerator: Accelerat
             f"batch.sequences: {run.batch.sequences} sequences cannot be shared evenly by"
             f" {accelerator.num_processes} processes"
         )
+    if run.optimizer.update == "in_backward" and accelerator.num_processes > 1:
+        raise UserError(
+            "optimizer.update: in_backward moves weights before the processes have exchanged their gradients, so it"
+            " works in one process only; set optimizer.update = step"
+        )
     source = _training_source(run, accelerator)
     if source.fallback_reason:
         display.warn(

@@ -84,7 +84,10 @@ class Trainer:
         self.wrapped: nn.Module = data_parallel(self.accelerator, self.model)
         self.optimizer = self.mode.build_optimizer(self.model)
         self.in_backward = run.optimizer.update == "in_backward"
-        self.gradients = Gradients(self.model, self.optimizer, in_backward=self.in_backward)
+        are_exchanged = self.accelerator.num_processes > 1
+        self.gradients = Gradients(
+            self.model, self.optimizer, in_backward=self.in_backward, are_exchanged=are_exchanged
+        )
         if self.prepared.checkpoint:
             checkpoint.restore(self.prepared.checkpoint, model=self.model, optimizer=self.optimizer)
             display.note(f"going on from {self.prepared.checkpoint}")
@@ -185,7 +188,7 @@ class Trainer:
             min_lr_ratio=run.schedule.min_lr_ratio,
         )
         for group in self.optimizer.param_groups:
-            group["lr"] = run.lr * multiplier
+            group["lr"] = run.lr * multiplier * group["lr_ratio"]
         micro_batches = self._micro_batches(batch)
         self.mode.before_step(self.model, self.optimizer, step, lambda: self._forward_only(micro_batches))
         nats = self._backward(micro_batches, batch.num_target_tokens)
@@ -208,6 +211,8 @@ class Trainer:
             )
         self.gradients.step()
         shares = self.mode.after_step(self.model, self.optimizer, step)
+        for name, share in shares.items():
+            self.display.note(f"step {step}: {name.replace('_', ' ')} {share:.4f}")
 
         self.done_steps, self.cursor = step, batch.cursor
         self.tokens += batch.num_input_tokens

@@ -115,8 +115,8 @@ def test_training_again_gives_the_same_bytes_and_no_paths(tmp_path: Path) -> Non
     data = tmp_path / "somewhere.jsonl"
     data.write_text("\n".join(json.dumps({"text": line}) for line in lines), encoding="utf-8")
     script = (
-        "import pathlib, sys; sys.path.insert(0, sys.argv[1]); import train_tokenizer as tool; tool.VOCAB_SIZE = 500\n"
-        "sys.stdout.buffer.write(tool.train([pathlib.Path(sys.argv[2])]))"
+        "import pathlib, sys; sys.path.insert(0, sys.argv[1]); import train_tokenizer as tool\n"
+        "sys.stdout.buffer.write(tool.train([pathlib.Path(sys.argv[2])], 500))"
     )
     root = Path(__file__).parents[2]
     command = [sys.executable, "-c", script, str(root / "tools"), str(data)]

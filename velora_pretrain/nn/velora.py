@@ -49,13 +49,14 @@ def expand(
     return (coefficients[..., None] * direction.to(coefficients.dtype)).flatten(-2)
 
 
-def keepers_of_inputs(layers: Sequence[str]) -> dict[str, str]:
+def keepers_of_inputs(layers: Sequence[str], *, are_copies: bool = False) -> dict[str, str]:
     """For each compressed layer that saves no activation: who keeps its input alive all the same.
 
     Args:
         layers: names of the compressed layers of a block.
+        are_copies: whether they read copies of what the rest of the block reads, after a dropout.
     """
-    keepers = {name: keeper for name, keeper in KEPT_ANYWAY.items() if name in layers}
+    keepers = {} if are_copies else {name: keeper for name, keeper in KEPT_ANYWAY.items() if name in layers}
     for siblings in SIBLINGS:
         others = [name for name in siblings if name not in layers]
         if others:
