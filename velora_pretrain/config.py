@@ -346,6 +346,8 @@ class VeLoRATable(MethodTable):
             raise ValueError('modes.velora.layers: name at least one projection, or "all"')
         if self.refresh_every and self.init == "running_average":
             raise ValueError("modes.velora.refresh_every: a running average moves at every step; leave this 0")
+        if self.refresh_every and self.init == "random":
+            raise ValueError("modes.velora.refresh_every: a random direction is not of the data; leave this 0")
         if self.refresh == "cycle" and self.init != "svd":
             raise ValueError('modes.velora.refresh: cycle needs the basis that modes.velora.init = "svd" finds')
         return self
