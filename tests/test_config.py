@@ -52,6 +52,11 @@ def test_every_size_of_the_command_line_exists():
             {"size": "9m", "mode": "flora+velora", "modes": {"velora": {"num_groups": {"v_proj": 5}}}},
             "modes.velora.num_groups.v_proj",
         ),
+        (
+            {"size": "9m", "modes": {"lora": {"restart_every": 10, "restart_warmup_steps": 11}}},
+            "modes.lora.restart_warmup_steps",
+        ),
+        ({"size": "9m", "modes": {"velora": {"layers": ["v_proj", "v_proj"]}}}, "modes.velora.layers"),
         ({"size": "9m", "optimizer": {"update": "in_backward", "clip_norm": 1.0}}, "optimizer.update"),
         ({"model": {"hidden_size": 64}}, "model.intermediate_size"),
         ({}, "model.hidden_size"),

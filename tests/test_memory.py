@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from velora_pretrain.config import MODES
 from velora_pretrain.memory import CATEGORIES, MemoryTracker, peak_of_step
 from velora_pretrain.modes import build_mode
 from velora_pretrain.nn.llama import Llama
@@ -17,7 +18,7 @@ from velora_pretrain.prediction import choose_micro_batch, predict_memory
 from velora_pretrain.recipe import resolve
 
 
-@pytest.mark.parametrize("mode", ["full", "velora"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("precision", ["fp32", "bf16-mixed", "bf16"])
 def test_prediction_is_what_the_same_tracker_measures(tiny_run: Callable[..., Any], mode: str, precision: str) -> None:
     run = tiny_run(mode=mode, precision=precision, modes__velora__layers="all")

@@ -387,6 +387,10 @@ def test_runs_that_differ_in_something_else_cannot_be_compared():
         check_comparable(
             {"a": Run.model_validate(base), "b": Run.model_validate({**base, "batch": {"sequences": 256}})}
         )
+    with pytest.raises(UserError, match=r"model\.rope_theta: None in a but 5\.0 in b"):
+        check_comparable(
+            {"a": Run.model_validate(base), "b": Run.model_validate({**base, "model": {"rope_theta": 5.0}})}
+        )
     with pytest.raises(UserError, match=r"reading\.shuffle_seed: None in a but 1 in b"):
         check_comparable(
             {"a": Run.model_validate(base), "b": Run.model_validate({**base, "reading": {"shuffle_seed": 1}})}

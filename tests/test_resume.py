@@ -40,6 +40,12 @@ MODES: dict[str, dict[str, Any]] = {
         "modes__velora__refresh_every": 2,
         "modes__velora__refresh_moments": "reproject",
     },
+    "galore svd": {
+        "mode": "galore",
+        "modes__galore__rank": 8,
+        "modes__galore__update_gap": 3,
+        "modes__galore__finder": "svd",
+    },
     "galore+velora": {"mode": "galore+velora", "modes__galore__rank": 8, "modes__galore__update_gap": 3},
     "flora+velora": {"mode": "flora+velora", "modes__flora__rank": 8, "modes__flora__kappa": 3},
     "lora+velora": {
@@ -50,7 +56,7 @@ MODES: dict[str, dict[str, Any]] = {
     },
 }
 """Each with an event (a refresh, a restart, a new projection) between its checkpoints, and one at a checkpoint."""
-METHODS = ("full", "galore", "lora", "flora", "velora")
+METHODS = ("full", "galore svd", "lora", "flora", "velora")
 """Those of the default run; the others are the slow tests'."""
 
 

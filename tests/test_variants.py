@@ -117,6 +117,23 @@ def test_cells_differ_only_in_what_is_compared(tmp_path: Path):
         assert others == {"mode", "optimizer.lr", "seed", "modes.velora.update"}
 
 
+@pytest.mark.parametrize("table", ["modes.galore={lr=0.5}", "modes={galore={lr=0.5}}"])
+def test_a_rate_within_a_table_does_not_go_before_the_cells(table: str):
+    with pytest.raises(UserError, match="cells differ in mode, learning rate and seed"):
+        plan_cells("quickstart", {}, [table], modes="galore", learning_rates=["1e-3,2e-3"])
+
+
+def test_a_recipe_says_what_it_compares_and_options_go_before_it():
+    cells = plan_cells("small_comparison", {}, [])
+    assert {cell.seed for cell in cells} == {0, 1}
+    assert {cell.learning_rate for cell in cells if cell.variant.mode == "galore"} == {0.004, 0.008, 0.016}
+    cells = plan_cells("small_comparison", {}, [], modes="full,lora", learning_rates=["0.1"], seeds="7")
+    assert [(cell.variant.label, cell.learning_rate, cell.seed) for cell in cells] == [
+        ("full", 0.1, 7),
+        ("lora", 0.1, 7),
+    ]
+
+
 def test_without_rates_and_seeds_the_recipe_has_them(tmp_path: Path):
     recipe = tmp_path / "recipe.toml"
     recipe.write_text('size = "9m"\nseed = 5\n[optimizer]\nlr = 0.25\n[modes.velora]\nlr = 0.5\n')

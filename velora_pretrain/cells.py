@@ -109,7 +109,7 @@ class _Training:
         environment = dict(os.environ)
         if jobs > 1:
             # Each gets its share of the cores, unless the user has said how many.
-            environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // jobs)))
             _side_by_side(root, cell).touch()
         self.began = time.monotonic()
         with _locked_log(root, cell) as log:
@@ -280,3 +280,10 @@ class _CellProgress:
         if self._all is None:
             self._all = self._bars.add_task("all", total=self._total_steps, completed=steps_done, count=count)
         self._bars.update(self._all, completed=steps_done, count=count)
+
+
+def usable_cores() -> int:
+    """Cores that this process may use, which a container or taskset can hold below the machine's."""
+    # Not on every system.
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1

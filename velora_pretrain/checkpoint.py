@@ -39,6 +39,10 @@ STATE_FILE, STATE_TENSORS, WEIGHTS, CONFIG = (
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
+class WeightsNotFinite(UserError):
+    """A model whose numbers failed is not saved."""
+
+
 class DamagedCheckpoint(Exception):
     """A checkpoint that cannot be used; the message says what is wrong with it."""
 
@@ -69,14 +73,15 @@ def save(
         keep_last: whole checkpoints to keep, this one included.
 
     Raises:
-        UserError: a weight is not finite, or the disk is full or not writable; earlier checkpoints are untouched.
+        WeightsNotFinite: what its name says.
+        UserError: the disk is full or not writable; earlier checkpoints are untouched.
     """
     target = folder.checkpoint(step)
     temporary = target.with_name(f".{target.name}.tmp")
     weights, own = split_state(model, config)
     bad = next((name for name, tensor in weights.items() if not tensor.isfinite().all()), None)
     if bad:
-        raise UserError(f"step {step}: {bad} is not finite, so no checkpoint is written; earlier ones are whole")
+        raise WeightsNotFinite(f"step {step}: {bad} is not finite, so no checkpoint is written; earlier ones are whole")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -190,6 +195,8 @@ def _optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tens
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensor = value if isinstance(value, Tensor) else torch.tensor(value)
+            # Read back it will be: products of another layout could have other bits.
+            assert tensor.is_contiguous(), (name, key)
             tensors[f"optimizer.{name}.{key}"] = tensor.detach().cpu().contiguous()
     return tensors
 

@@ -244,10 +244,24 @@ class LoRATable(LowRankTable):
     """Share of an adapter's inputs that is dropped in training."""
     restart_every: NonNegativeInt = 0
     """Steps after which adapters are merged and start anew (ReLoRA); 0 never merges."""
-    restart_warmup_steps: NonNegativeInt = 50
-    """Steps of linear warm-up after each restart."""
+    restart_warmup_steps: NonNegativeInt | None = None
+    """Steps of linear warm-up after each restart; by default 50, and at most a tenth of `restart_every`."""
     reset_share: float = Field(default=0.99, ge=0.0, le=1.0)
     """Share of the adapters' moments, the smallest in magnitude, that a restart sets to zero."""
+
+    @property
+    def warmup_after_restart_steps(self) -> int:
+        """Steps of warm-up after each restart."""
+        return min(50, self.restart_every // 10) if self.restart_warmup_steps is None else self.restart_warmup_steps
+
+    @model_validator(mode="after")
+    def _warms_up_between_restarts(self) -> LoRATable:
+        if self.restart_every and self.warmup_after_restart_steps > self.restart_every:
+            raise ValueError(
+                f"modes.lora.restart_warmup_steps: {self.restart_warmup_steps} is more than the {self.restart_every}"
+                " steps between restarts; lower it or leave it out"
+            )
+        return self
 
     @property
     def unused(self) -> dict[str, str]:
@@ -338,12 +352,18 @@ class VeLoRATable(MethodTable):
     def unused(self) -> dict[str, str]:
         """Keys of this table that are set but that nothing reads, each with the reason."""
         reason = f"{{}} is not in modes.velora.layers ({', '.join(self.projections)}), nothing would read this"
-        return {f"num_groups.{name}": reason.format(name) for name in self.num_groups if name not in self.projections}
+        found = {f"num_groups.{name}": reason.format(name) for name in self.num_groups if name not in self.projections}
+        if not self.refresh_every:
+            never = "modes.velora.refresh_every is 0, there is no refresh that would read this"
+            found |= {key: never for key in ("refresh", "refresh_moments") if key in self.model_fields_set}
+        return found
 
     @model_validator(mode="after")
     def _layers_agree(self) -> VeLoRATable:
         if not self.layers:
             raise ValueError('modes.velora.layers: name at least one projection, or "all"')
+        if len(set(self.layers)) < len(self.layers) and self.layers != "all":
+            raise ValueError("modes.velora.layers: a projection is named twice")
         if self.refresh_every and self.init == "running_average":
             raise ValueError("modes.velora.refresh_every: a running average moves at every step; leave this 0")
         if self.refresh_every and self.init == "random":
@@ -493,7 +513,12 @@ class Run(Section):
     def unused(self) -> dict[str, str]:
         """Dotted keys that are set but that nothing reads, each with the reason."""
         tables = {name: getattr(self.modes, name) for name in ModesTable.model_fields}
-        return {f"modes.{mode}.{key}": why for mode, table in tables.items() for key, why in table.unused.items()}
+        found = {f"modes.{mode}.{key}": why for mode, table in tables.items() for key, why in table.unused.items()}
+        first, *others = self.mode_tables
+        for name in others:
+            why = f"in mode {self.mode} the learning rate is that of modes.{first}, nothing would read this"
+            found |= {f"modes.{name}.{key}": why for key in ("lr", "block_lr_ratio")}
+        return found
 
     @property
     def name(self) -> str:

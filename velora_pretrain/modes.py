@@ -126,7 +126,7 @@ class LoRA(Method):
         """Warms up again after each restart."""
         settings = self.settings
         return restart_multiplier(
-            step, restart_every=settings.restart_every, warmup_steps=settings.restart_warmup_steps
+            step, restart_every=settings.restart_every, warmup_steps=settings.warmup_after_restart_steps
         )
 
     def after_step(self, model: nn.Module, optimizer: AdamW, step: int) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 One optimizer step reads one global batch, whose sequences do not depend on the number of processes; each process runs
 its rows in micro-batches, and the loss is the sum over the targets of the global batch over their number. So a run
-gives the same numbers, to rounding, however it is cut.
+gives the same numbers, to rounding, however it is cut; only what a mode draws per pass, a dropout, depends on the cut.
 
 At a step that is evaluated and saved, the evaluation comes first: a run that resumes from a checkpoint has then done
 all that its step asked for, and its records are those of the uninterrupted run.
@@ -11,6 +11,7 @@ all that its step asked for, and its records are those of the uninterrupted run.
 from __future__ import annotations
 
 import errno
+import hashlib
 import math
 import shlex
 import time
@@ -76,7 +77,6 @@ class Trainer:
         self.prepared = prepare(run, folder, resume=resume, accelerator=self.accelerator, display=display)
         self.run = run = self.prepared.run
 
-        torch.manual_seed(run.seed)
         self.mode = build_mode(run)
         self.model = Llama(run.llama, seed=run.seed, recompute=run.memory.recompute)
         self.mode.adapt(self.model)
@@ -190,6 +190,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = run.lr * multiplier * group["lr_ratio"]
         micro_batches = self._micro_batches(batch)
+        # What a step draws (dropout) follows from seed, step and process: a resumed run draws it again.
+        torch.manual_seed(step_seed(run.seed, step, self.accelerator.process_index))
         self.mode.before_step(self.model, self.optimizer, step, lambda: self._forward_only(micro_batches))
         nats = self._backward(micro_batches, batch.num_target_tokens)
 
@@ -350,20 +352,30 @@ class Trainer:
         if self.accelerator.is_main_process:
             tokenizer = self.prepared.tokenizer
             self.folder.sync_metrics()
-            checkpoint.save(
-                self.folder,
-                step=self.done_steps,
-                model=self.model,
-                config=self.run.llama,
-                optimizer=self.optimizer,
-                progress={"tokens": self.tokens, "cursor": self.cursor, "seconds": self.seconds},
-                token_ids={"pad_token_id": tokenizer.pad_id, "eos_token_id": tokenizer.eos_id},
-                save_tokenizer=tokenizer.save_pretrained,
-                keep_last=self.run.checkpoint.keep_last,
-            )
+            try:
+                checkpoint.save(
+                    self.folder,
+                    step=self.done_steps,
+                    model=self.model,
+                    config=self.run.llama,
+                    optimizer=self.optimizer,
+                    progress={"tokens": self.tokens, "cursor": self.cursor, "seconds": self.seconds},
+                    token_ids={"pad_token_id": tokenizer.pad_id, "eos_token_id": tokenizer.eos_id},
+                    save_tokenizer=tokenizer.save_pretrained,
+                    keep_last=self.run.checkpoint.keep_last,
+                )
+            except checkpoint.WeightsNotFinite as error:
+                self._record_failure(self.done_steps, str(error))
+                raise
         self.accelerator.wait_for_everyone()
         self.saved, self.saved_steps = time.monotonic(), self.done_steps
         return str(path)
+
+
+def step_seed(seed: int, step: int, process: int) -> int:
+    """A seed of 63 bits for what one process draws in one step."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{process}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest) >> 1
 
 
 def _is_multiple(step: int, every_steps: int) -> bool:

@@ -194,6 +194,10 @@ def plan_cells(
         for variant in variants
         for rate in rates[variant.label]
     ]
+    for cell in cells:
+        # A table that was given whole, by --set modes.MODE={lr=...}, goes before the options.
+        if (cell.run.lr, cell.run.seed, cell.run.mode) != (cell.learning_rate, cell.seed, cell.variant.mode):
+            raise UserError("--set: cells differ in mode, learning rate and seed; give them by --modes and so on")
     _check_distinct("run folders", [cell.slug for cell in cells])
     return cells
 

@@ -67,7 +67,8 @@ def exact_subspace(gradient: Float[Tensor, "outputs features"], rank: int) -> Fl
     """
     left, _, right = torch.linalg.svd(gradient, full_matrices=False)
     # Copies, since a slice would keep all singular vectors alive.
-    return right[:rank].clone() if _projects_right(gradient) else left[:, :rank].contiguous()
+    vectors = right[:rank] if _projects_right(gradient) else left[:, :rank]
+    return vectors.clone(memory_format=torch.contiguous_format)
 
 
 def randomised_subspace(
