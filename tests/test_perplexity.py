@@ -452,7 +452,7 @@ def test_only_cells_that_are_not_done_are_started(command: Callable[[str], None]
 
 def test_jobs_share_the_cores(command: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     command(f'echo "threads=$OMP_NUM_THREADS"; {FINISH}')
-    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    monkeypatch.setattr("velora_pretrain.cells.usable_cores", lambda: 12)
     (cell,) = grid(modes="full", rates="1", seeds="0")
     for jobs, given, threads in [(1, None, ""), (3, None, "4"), (24, None, "1"), (3, "2", "2")]:
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
