@@ -358,6 +358,7 @@ def test_without_full_rank_there_is_no_gap():
 def shown(rows: list[dict[str, Any]], *, seeds: list[int], baseline: str | None = "full") -> str:
     console = Console(width=180, record=True, file=open(os.devnull, "w"))  # noqa: PTH123, SIM115
     shared = {"seeds": seeds, "steps": 5, "baseline": baseline, "devices": ["cpu", "cuda"]}
+    shared["environments"] = ["Linux, torch 2.11", "Linux, torch 2.13"]
     print_perplexity({"rows": rows, "settings": shared}, console)
     text = console.export_text()
     assert "Cells ran on cpu, cuda" in text

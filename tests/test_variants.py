@@ -123,6 +123,20 @@ def test_a_rate_within_a_table_does_not_go_before_the_cells(table: str):
         plan_cells("quickstart", {}, [table], modes="galore", learning_rates=["1e-3,2e-3"])
 
 
+@pytest.mark.parametrize(
+    ("variant", "problem"),
+    [
+        ("velora[layers=al]", "modes.velora.layers: give a list of projections"),
+        ("galore[rank=big]", "modes.galore.rank: input should be a valid integer"),
+        ("velora[refresh_moments=reset]", "modes.velora.refresh_moments: modes.velora.refresh_every is 0"),
+        ("galore+velora[velora.block_lr_ratio=2]", "modes.velora.block_lr_ratio: in mode galore+velora the learning"),
+    ],
+)
+def test_a_wrong_setting_names_its_variant(variant: str, problem: str):
+    with pytest.raises(UserError, match=re.escape(f"--modes {variant}: {problem}")):
+        plan_cells("quickstart", {}, [], modes=f"full,{variant}")
+
+
 def test_a_recipe_says_what_it_compares_and_options_go_before_it():
     cells = plan_cells("small_comparison", {}, [])
     assert {cell.seed for cell in cells} == {0, 1}

@@ -299,7 +299,14 @@ def _settings(cells: Sequence[Cell], summaries: Sequence[Mapping[str, Any]], *, 
         "data": run.data,
         **{key: shared.get(key) for key in ("data_sha256", "tokenizer", "tokenizer_sha256", "versions", "platform")},
         "devices": sorted({summary["device"] for summary in summaries}),
+        "environments": sorted({_environment(summary) for summary in summaries}),
     }
+
+
+def _environment(summary: Mapping[str, Any]) -> str:
+    """Where a cell ran, in a line: its speed and memory, and its last bits, depend on it."""
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(summary["versions"].items()) if version)
+    return f"{summary['platform']}, {versions}"
 
 
 def _sd(values: Sequence[float]) -> float | None:

@@ -109,6 +109,8 @@ def print_perplexity(result: Mapping[str, Any], console: Console | None = None) 
         console.print("Speeds were taken with cells side by side: they are lower than alone, and say little.")
     if len(shared["devices"]) > 1:
         console.print(f"Cells ran on {', '.join(shared['devices'])}: their speeds and memory cannot be compared.")
+    for environment in shared["environments"] if len(shared["environments"]) > 1 else ():
+        console.print(f"Some cells ran on {environment}", markup=False, highlight=False)
     console.print("Memory measured on a CPU is that of the whole process.")
     console.print(_cells_table(rows, shared["seeds"]))
 

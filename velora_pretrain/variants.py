@@ -178,7 +178,12 @@ def plan_cells(
     _check_distinct("--seeds", numbers)
 
     def run_of(variant: Variant, **more: Any) -> Run:
-        return resolve(recipe, {**options, "mode": variant.mode, **more}, [*assignments, *variant.assignments])
+        try:
+            return resolve(recipe, {**options, "mode": variant.mode, **more}, [*assignments, *variant.assignments])
+        except UserError as error:
+            # Without its settings it is the recipe, or an option, that is wrong.
+            resolve(recipe, {**options, "mode": variant.mode, **more}, assignments)
+            raise UserError(f"--modes {variant.label}: {str(error).partition(': ')[2]}") from None
 
     rates = {each.label: rates[each.label] or [run_of(each).lr] for each in variants}
     _check_equal_budgets(rates)
