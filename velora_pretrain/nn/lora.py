@@ -34,12 +34,12 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from velora_pretrain.errors import UserError
 from velora_pretrain.nn.llama import project
+from velora_pretrain.nn.siblings import sibling_input_gradient, sibling_outputs
 
 
 def merged_weight(
@@ -65,11 +65,7 @@ class _FrozenLinears(torch.autograd.Function):
         weights, biases = tensors[:num_layers], tensors[num_layers:]
         ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
         ctx.save_for_backward(*weights)
-        with torch.autocast(x.device.type, enabled=False):
-            return tuple(
-                F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-                for weight, bias in zip(weights, biases, strict=True)
-            )
+        return sibling_outputs(x, weights, biases)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -79,11 +75,7 @@ class _FrozenLinears(torch.autograd.Function):
         dys = tuple(dy.flatten(0, -2) for dy in dys)
         dx = None
         if ctx.needs_input_grad[0]:
-            # dx: Σ over layers of (N, M)(M, D)
-            dx = dys[0] @ weights[0].to(dys[0].dtype)
-            for dy, weight in zip(dys[1:], weights[1:], strict=True):
-                dx.addmm_(dy, weight.to(dy.dtype))
-            dx = dx.unflatten(0, leading_shape)
+            dx = sibling_input_gradient(dys, weights).unflatten(0, leading_shape)
         biases = [
             dy.sum(0).to(dtype) if needed else None
             for dy, dtype, needed in zip(dys, ctx.bias_dtypes, ctx.needs_input_grad[2 + len(dys) :], strict=True)

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from velora_pretrain.errors import UserError
 from velora_pretrain.nn.direction import Direction, Initialisation
+from velora_pretrain.nn.siblings import sibling_input_gradient, sibling_outputs
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Projections of one block that read the same tensor."""
@@ -84,11 +85,7 @@ class _CompressedLinears(torch.autograd.Function):
         weights, biases = tensors[:num_layers], tensors[num_layers : 2 * num_layers]
         ctx.scale, ctx.num_layers, ctx.gradient_dtypes = scale, num_layers, [t.dtype for t in tensors[2 * num_layers :]]
         ctx.save_for_backward(compress(x, direction), *weights)
-        with torch.autocast(x.device.type, enabled=False):
-            return tuple(
-                F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-                for weight, bias in zip(weights, biases, strict=True)
-            )
+        return sibling_outputs(x, weights, biases)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -101,11 +98,7 @@ class _CompressedLinears(torch.autograd.Function):
 
         dx = None
         if needs[0]:
-            # dx: Σ over layers of (N, M)(M, D)
-            dx = dys[0] @ weights[0].to(dys[0].dtype)
-            for dy, weight in zip(dys[1:], weights[1:], strict=True):
-                dx.addmm_(dy, weight.to(dy.dtype))
-            dx = dx.unflatten(0, leading_shape)
+            dx = sibling_input_gradient(dys, weights).unflatten(0, leading_shape)
 
         z = z.flatten(0, -2)
         if ctx.scale != 1.0:
