@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from velora_pretrain.nn.loss import IGNORE_INDEX, linear_cross_entropy
+from velora_pretrain.nn.loss import IGNORE_INDEX, linear_cross_entropy, log_p_and_p_
 
 
 def problem(dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -100,6 +100,22 @@ def test_logits_are_never_whole(with_gradients: bool) -> None:
 
 def test_no_gradients_are_made_where_they_are_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, labels = problem()
-    monkeypatch.setattr(torch.Tensor, "exp_", None)
+    monkeypatch.setattr(torch.Tensor, "scatter_add_", None)
     with torch.no_grad():
         assert linear_cross_entropy(hidden, weight, labels) > 0
+    with pytest.raises(TypeError):
+        linear_cross_entropy(hidden, weight, labels)
+
+
+def test_passes_over_one_buffer_give_the_log_softmax_that_the_kernel_gives() -> None:
+    """The CPU's way against the other devices' one, with scores whose exponentials alone would overflow."""
+    scores = 200 * torch.randn(64, 1000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    index = torch.arange(64)[:, None]
+    for dtype in (torch.float32, torch.float64):
+        narrow = scores.to(dtype)
+        expected = torch.log_softmax(narrow.double(), -1)
+        log_p, p = log_p_and_p_(narrow.clone(), index, dtype)
+        # A difference of two scores is rounded once more than the scores were.
+        rounding = torch.finfo(dtype).eps * float(scores.abs().max())
+        torch.testing.assert_close(log_p.double(), expected.gather(1, index), rtol=0, atol=2 * rounding)
+        torch.testing.assert_close(p.double(), expected.exp(), rtol=2 * rounding, atol=1e-30)
