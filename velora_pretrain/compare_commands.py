@@ -1,0 +1,190 @@
+"""`velora-pretrain compare`: names of its commands and options. No logic, and no torch until a command needs it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from velora_pretrain.errors import UserError
+from velora_pretrain.options import (
+    DATA_HELP,
+    INTERRUPTED,
+    RUNS,
+    Json,
+    MicroBatch,
+    Precision,
+    SequenceLength,
+    Settings,
+    Size,
+    names_model,
+    number_or_word,
+    write_json,
+)
+
+if TYPE_CHECKING:
+    from velora_pretrain.config import Run
+
+compare_app = typer.Typer(help="Compare training modes.")
+
+
+@compare_app.callback()
+def _compare() -> None:
+    """Keeps `compare` a group of commands while it has only one."""
+
+
+@compare_app.command("memory")
+def compare_memory(
+    size: Size = "60m",
+    modes: Annotated[str | None, typer.Option(help="Modes, with commas between; by default all.")] = None,
+    micro_batch: MicroBatch = None,
+    sequence_length: SequenceLength = None,
+    precision: Precision = None,
+    recompute: Annotated[str | None, typer.Option(help="What is rebuilt in the backward pass.")] = None,
+    settings: Settings = None,
+    json_file: Json = None,
+) -> None:
+    """Show where every byte of a training step goes, per mode, by category."""
+    per_pass = number_or_word(micro_batch)
+    options = {
+        "size": size,
+        "batch.micro_batch": per_pass,
+        "batch.sequence_length": sequence_length,
+        "precision": precision,
+        "memory.recompute": recompute,
+    }
+    if isinstance(per_pass, int) and per_pass > 0:
+        # About the published batch, in whole micro-batches of any number.
+        options["batch.sequences"] = per_pass * max(1, 512 // per_pass)
+    runs = compared_runs(modes, options, settings or [])
+
+    from velora_pretrain.compare import memory_rows
+    from velora_pretrain.tables import print_memory_rows
+
+    rows = memory_rows(runs)
+    write_json(json_file, {"rows": rows})
+    if json_file != "-":
+        print_memory_rows(rows)
+
+
+@compare_app.command("perplexity")
+def compare_perplexity(
+    recipe: Annotated[str | None, typer.Option(help="A TOML recipe, or a bundled one by name (quickstart).")] = None,
+    size: Size = None,
+    modes: Annotated[
+        str | None,
+        typer.Option(
+            help="Modes to train, with commas between; settings of a mode's own stand behind it in square brackets,"
+            " quoted from the shell. By default those that the recipe names, else all modes.",
+            metavar="MODE,'MODE[KEY=VALUE,KEY=VALUE]'",
+        ),
+    ] = None,
+    learning_rates: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Peak learning rates to try, as many for every mode: 1e-3,2e-3, or MODE:1e-3,2e-3 for one of them;"
+            " repeatable. By default the recipe's.",
+            metavar="[MODE:]LR,LR",
+        ),
+    ] = None,
+    seeds: Annotated[
+        str | None,
+        typer.Option(
+            help="Seeds of the weights; the data order stays the recipe's. By default the recipe's.", metavar="N,N"
+        ),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps of each run; by default the recipe's.")] = None,
+    data: Annotated[str | None, typer.Option(help=DATA_HELP)] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="bundled, a SentencePiece model's path, or a hub name.")] = None,
+    run_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of all runs, which the same command goes on with; by default runs/perplexity-RECIPE.",
+            show_default=False,
+        ),
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="Runs that train side by side.", min=1)] = 1,
+    settings: Settings = None,
+    json_file: Json = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the plots (PNG and SVG); by default plots in the folder of all runs.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Train modes over learning rates and seeds, all on the same text; show each at its best, beside full rank.
+
+    Every run has a process and a run folder of its own. Stopped, the same command goes on and repeats nothing.
+    """
+    from rich.console import Console
+
+    from velora_pretrain.display import make_display
+    from velora_pretrain.plots import HOW_TO_INSTALL, has_matplotlib, write_plots
+    from velora_pretrain.signals import Interrupted
+    from velora_pretrain.tables import print_perplexity
+    from velora_pretrain.variants import plan_cells
+
+    assignments = settings or []
+    if size is None and recipe is None and not any(names_model(each) for each in assignments):
+        raise UserError("what to train? Give --recipe (for example quickstart) or --size (for example --size 60m)")
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        raise UserError("every run has one process here: start it without torchrun, and give --jobs for several")
+    options = {"size": size, "schedule.steps": steps, "data": data, "tokenizer": tokenizer}
+    cells = plan_cells(
+        recipe,
+        options,
+        assignments,
+        modes=modes,
+        learning_rates=learning_rates or [],
+        seeds=seeds,
+    )
+    if plot and not has_matplotlib():
+        raise UserError(f"--plot {plot}: {HOW_TO_INSTALL}")
+    root = run_dir or RUNS / f"perplexity-{Path(recipe).stem if recipe else size or 'custom'}"
+
+    from velora_pretrain.perplexity import compare_perplexity as compare
+
+    is_data = json_file == "-"
+    console = Console(stderr=is_data)
+    try:
+        with make_display(output_is_data=is_data) as display:
+            result = compare(cells, root, jobs=jobs, display=display, console=console)
+    except Interrupted as interrupted:
+        console.print(interrupted.message, markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(INTERRUPTED) from None
+    curves = result.pop("curves")
+    write_json(json_file, result)
+    if not is_data:
+        print_perplexity(result)
+    if has_matplotlib():
+        written = write_plots(result["rows"], curves, plot or root / "plots")
+        line = f"plots: {', '.join(map(str, written))}" if written else "no plots: every run diverged"
+    else:
+        line = HOW_TO_INSTALL
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def compared_runs(modes: str | None, options: dict[str, Any], assignments: list[str]) -> list[Run]:
+    """One run per mode; a mode that works on chosen layers has a second one on all layers, unless they were given.
+
+    Args:
+        modes: names with commas between; None takes every mode.
+        options: dotted keys to values, as for `recipe.resolve`.
+        assignments: `dotted.key=value`, laid over the options.
+    """
+    from velora_pretrain.config import MODES
+    from velora_pretrain.recipe import resolve
+
+    names = [name.strip() for name in modes.split(",")] if modes else list(MODES)
+    runs = []
+    for name in names:
+        run = resolve(None, {**options, "mode": name}, assignments)
+        runs.append(run)
+        for part in (part for part, table in run.mode_tables.items() if hasattr(table, "layers")):
+            key = f"modes.{part}.layers"
+            if not any(assignment.partition("=")[0].strip() == key for assignment in assignments):
+                runs.append(resolve(None, {**options, "mode": name, key: "all"}, assignments))
+    return runs

@@ -1,0 +1,58 @@
+"""Options that several commands share, and what is done with them. No torch here."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from velora_pretrain.errors import UserError
+
+RUNS = Path("runs")
+"""Where runs lie unless a folder is given."""
+
+FAILED, MISTAKE, INTERRUPTED = 1, 2, 130
+"""Exit status of a network that stays away, of a user's mistake, and of Ctrl-C or SIGTERM."""
+
+Size = Annotated[str | None, typer.Option(help="Model size, from 9m to 13b.", metavar="SIZE")]
+MicroBatch = Annotated[str | None, typer.Option(help="Sequences per forward pass, or auto.", metavar="N|auto")]
+SequenceLength = Annotated[int | None, typer.Option(help="Tokens per sequence.")]
+Precision = Annotated[str | None, typer.Option(help="fp32, bf16-mixed or bf16.", metavar="FORMAT")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", help="Any recipe key; repeatable.", metavar="DOTTED.KEY=VALUE")
+]
+Json = Annotated[str | None, typer.Option("--json", help="Write the result to a file; - is standard output.")]
+DATA_HELP = "auto, c4, sample, or a path, glob or URL of .json, .jsonl (.gz, .zst) or .parquet files."
+
+
+def names_model(assignment: str) -> bool:
+    """Whether a `--set` says which model is meant."""
+    key = assignment.partition("=")[0].strip()
+    return key == "size" or key.startswith("model.")
+
+
+def number_or_word(text: str | None) -> int | str | None:
+    """A number if the text is one; what is neither a number nor a known word is refused with the configuration."""
+    try:
+        return None if text is None else int(text)
+    except ValueError:
+        return text
+
+
+def write_json(target: str | None, value: object) -> None:
+    """Writes `value` as JSON to a file, or to standard output for `-`; nothing for None."""
+    if target is None:
+        return
+    from velora_pretrain.records import finite
+
+    text = json.dumps(finite(value), indent=2, allow_nan=False) + "\n"
+    if target == "-":
+        sys.stdout.write(text)
+        return
+    try:
+        Path(target).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--json {target}: cannot be written: {error.strerror}") from None
