@@ -140,7 +140,7 @@ def test_a_wrong_setting_names_its_variant(variant: str, problem: str):
 def test_a_recipe_says_what_it_compares_and_options_go_before_it():
     cells = plan_cells("small_comparison", {}, [])
     assert {cell.seed for cell in cells} == {0, 1}
-    assert {cell.learning_rate for cell in cells if cell.variant.mode == "galore"} == {0.004, 0.008, 0.016}
+    assert {cell.learning_rate for cell in cells if cell.variant.label == "galore"} == {0.004, 0.008, 0.016}
     cells = plan_cells("small_comparison", {}, [], modes="full,lora", learning_rates=["0.1"], seeds="7")
     assert [(cell.variant.label, cell.learning_rate, cell.seed) for cell in cells] == [
         ("full", 0.1, 7),
