@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 
 from velora_pretrain.dimensions import SIZES, LlamaConfig
-from velora_pretrain.nn.llama import Llama, RMSNorm, rotary_tables, rotate, swiglu
+from velora_pretrain.nn import llama
+from velora_pretrain.nn.llama import Llama, RMSNorm, rotary_tables, rotate, swiglu_
 from velora_pretrain.nn.loss import IGNORE_INDEX
 
 
@@ -95,11 +97,6 @@ def test_rms_norm_gradients(features: int) -> None:
     assert torch.autograd.gradcheck(lambda x, w: torch.func.functional_call(norm, {"weight": w}, x), (x, norm.weight))
 
 
-def test_swiglu_gradients() -> None:
-    gate, up = (torch.randn(4, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    assert torch.autograd.gradcheck(swiglu, (gate, up))
-
-
 def test_rotation_keeps_norms_and_depends_on_distance_only() -> None:
     cosines, sines = rotary_tables(20, 8, 10_000.0, torch.device("cpu"), torch.float64)
     q, k = (torch.randn(1, 1, 1, 8, dtype=torch.float64).expand(1, 20, 1, 8) for _ in range(2))
@@ -132,3 +129,60 @@ def test_mixed_precision_is_no_further_from_fp32_than_plain_bf16() -> None:
     logits = theirs.bfloat16()(tokens).logits.float()
     naive = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").item()
     assert abs(mixed.item() - exact) <= abs(naive - exact) + 1e-3 * exact
+
+
+@pytest.mark.parametrize("rows", [7, 45])
+@pytest.mark.parametrize("is_contiguous", [True, False])
+def test_gradients_made_in_pieces_are_autograds(
+    rows: int, is_contiguous: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llama, "CPU_ELEMENTS", 6 * rows + 5)
+    generator = torch.Generator().manual_seed(0)
+    x, gate, up, dy = torch.randn(4, 5, 9, 6, generator=generator, dtype=torch.float64)
+    if not is_contiguous:
+        x, gate, up, dy = (t.transpose(0, 1).contiguous().transpose(0, 1) for t in (x, gate, up, dy))
+    assert llama.rows_at_a_time(x) == rows  # of 45
+    x, gate, up = (t.detach().requires_grad_() for t in (x, gate, up))
+    norm = RMSNorm(6, 1e-5).double()
+    norm.weight.data.copy_(torch.linspace(0.5, 2, 6))
+    expected_norm = F.rms_norm(x, (6,), norm.weight, 1e-5)
+    for ours, theirs, leaves in (
+        (swiglu_(gate * 1, up * 1), F.silu(gate) * up, (gate, up)),
+        (norm(x), expected_norm, (x, norm.weight)),
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+        expected = torch.autograd.grad(theirs, leaves, dy)
+        torch.testing.assert_close(torch.autograd.grad(ours, leaves, dy), expected, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("has_hooks", [False, True])
+def test_a_second_backward_pass_through_swiglu_is_refused(has_hooks: bool) -> None:
+    gate, up = torch.randn(2, 3, 4, requires_grad=True)[:].unbind()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach() if has_hooks else t, lambda t: t):
+        y = swiglu_(gate * 1, up * 1).sum()
+    y.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_swiglu_takes_no_memory_of_its_own(precision: torch.dtype) -> None:
+    """Nothing of gate's size is made beside the two gradients, which take the places of gate and up."""
+    gate, up = torch.randn(2, 64, 2**13, dtype=precision).unbind()
+    leaves = gate.clone().requires_grad_(), up.clone().requires_grad_()
+    kept = [leaf * 1 for leaf in leaves]
+    product, made = swiglu_(*kept), []
+    places = {t.untyped_storage().data_ptr() for t in kept}
+
+    class _Large(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.numel() > gate.numel() // 2:
+                made.append(result.untyped_storage().data_ptr())
+            return result
+
+    with _Large():
+        gradients = torch.autograd.grad(product, kept, torch.ones_like(product))
+    ones = made[0]
+    assert set(made) <= places | {ones}
+    assert {g.untyped_storage().data_ptr() for g in gradients} == places

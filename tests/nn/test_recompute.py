@@ -5,6 +5,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from velora_pretrain.config import MODES
 from velora_pretrain.memory import MemoryTracker
@@ -127,3 +128,21 @@ def test_without_gradients_nothing_is_run_again() -> None:
     assert calls == [1]
     run_again_in_backward(region, torch.ones(2, requires_grad=True)).sum().backward()
     assert len(calls) == 3 or len(calls) == 2  # a product with a number keeps nothing to run again for
+
+
+@pytest.mark.parametrize("mode", ["full", "velora"])
+def test_mlp_repeats_the_products_of_gate_and_up_alone(tiny_run: Callable[..., Any], mode: str) -> None:
+    """That of `down_proj` is not repeated: nobody reads its value, whether its input is kept or not."""
+    operations = []
+    for way in ("none", "mlp"):
+        run = tiny_run(mode=mode, modes__velora__layers="all", memory__recompute=way)
+        built, model = build_mode(run), Llama(run.llama, seed=0, recompute=run.memory.recompute)
+        built.adapt(model)
+        tokens = torch.arange(64).view(2, 32)
+        built.before_step(model, built.build_optimizer(model), 1, torch.no_grad()(lambda m=model, t=tokens: m(t, t)))
+        with FlopCounterMode(display=False) as counter:
+            model(tokens, tokens).backward()
+        operations.append(counter.get_total_flops())
+    c = run.llama
+    product = 2 * tokens.numel() * c.hidden_size * c.intermediate_size
+    assert operations[1] - operations[0] == c.num_hidden_layers * 2 * product

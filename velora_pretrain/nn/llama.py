@@ -30,13 +30,28 @@ from torch.autograd.function import once_differentiable
 
 from velora_pretrain.dimensions import LlamaConfig
 from velora_pretrain.nn.loss import linear_cross_entropy
-from velora_pretrain.nn.recompute import Recompute, rebuilt_in_backward, run_again_in_backward
+from velora_pretrain.nn.recompute import Recompute, is_recomputing, rebuilt_in_backward, run_again_in_backward
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that a matrix product on `x` would run in: autocast's where it is on."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+CPU_ELEMENTS, DEVICE_ELEMENTS = 2**17, 2**24
+"""Fewest elements whose gradients are made at a time: a CPU has them in its cache, another device is filled by them."""
+MOST_PIECES = 16
+"""Most pieces that a tensor's gradients are made in."""
+
+
+def rows_at_a_time(x: Float[Tensor, "*batch features"]) -> int:
+    """How many rows of an elementwise backward pass are made at a time; under a compiler, which fuses it, all."""
+    rows = x.numel() // x.shape[-1]
+    if torch.compiler.is_compiling():
+        return max(1, rows)
+    fewest = CPU_ELEMENTS if x.device.type == "cpu" else DEVICE_ELEMENTS
+    return max(1, fewest // x.shape[-1], -(-rows // MOST_PIECES))
 
 
 def _normalised(x: Tensor, inverse_root: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -59,14 +74,20 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse_root = ctx.saved_tensors
-        normalised = x * inverse_root
-        dy = dy.to(normalised.dtype)
-        # dw = Σ dy ⊙ x̂;  dx = r (dy ⊙ w − x̂ mean(dy ⊙ w ⊙ x̂)) with x̂ = x r
-        d_weight = (dy * normalised).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        dx = dy * weight
-        mean = torch.linalg.vecdot(dx, normalised).div_(x.shape[-1]).unsqueeze(-1)
-        dx = dx.addcmul_(normalised, mean, value=-1).mul_(inverse_root)
-        return dx.to(x.dtype), d_weight, None, None
+        dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+        d_weight = torch.zeros_like(weight, dtype=inverse_root.dtype) if ctx.needs_input_grad[1] else None
+        flat = [tensor.flatten(0, -2) for tensor in (x, inverse_root, dy, dx)]
+        # Some rows at a time: beside dx nothing of its size is made.
+        for rows, root, dy_rows, dx_rows in zip(*(t.split(rows_at_a_time(x)) for t in flat), strict=True):
+            normalised = rows * root
+            dy_rows = dy_rows.to(normalised.dtype)
+            # dw = Σ dy ⊙ x̂;  dx = r (dy ⊙ w − x̂ mean(dy ⊙ w ⊙ x̂)) with x̂ = x r
+            if d_weight is not None:
+                d_weight += (dy_rows * normalised).sum(0)
+            dx_wide = dy_rows * weight
+            mean = torch.linalg.vecdot(dx_wide, normalised).div_(x.shape[-1]).unsqueeze(-1)
+            dx_rows.copy_(dx_wide.addcmul_(normalised, mean, value=-1).mul_(root))
+        return dx, None if d_weight is None else d_weight.to(weight.dtype), None, None
 
 
 class RMSNorm(nn.Module):
@@ -94,25 +115,52 @@ def _product(gate: Tensor, up: Tensor) -> Tensor:
 
 
 class _SwiGLU(torch.autograd.Function):
-    """silu(gate) ⊙ up; keeps gate and up, not silu(gate)."""
+    """silu(gate) ⊙ up; keeps gate and up, not silu(gate).
+
+    The backward pass writes the gradients over gate and up, some elements at a time: of the four tensors of their size
+    that it would have made, none is there at the peak, and a CPU finds in its cache what it has just written.
+    """
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, is_read: bool) -> Tensor:
+        gate, up = gate.contiguous(), up.contiguous()  # rows of them are written in the backward pass
         ctx.save_for_backward(gate, up)
-        return _product(gate, up)
+        ctx.is_spent = False
+        return _product(gate, up) if is_read else gate.new_zeros(()).expand_as(gate)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, up = ctx.saved_tensors
-        d_up = F.silu(gate).mul_(dy)
-        d_gate = torch.ops.aten.silu_backward(dy * up, gate)
-        return d_gate, d_up
+        if torch.compiler.is_compiling():
+            # A compiler fuses this, and reuses memory by itself.
+            return torch.ops.aten.silu_backward(dy * up, gate), F.silu(gate) * dy, None
+        # Autograd's own check of versions does not see through hooks on saved tensors.
+        if ctx.is_spent:
+            raise RuntimeError(
+                "a second backward pass over one graph: gate and up were modified by an inplace operation"
+            )
+        ctx.is_spent = True
+        flat = (tensor.flatten(0, -2).split(rows_at_a_time(gate)) for tensor in (gate, up, dy))
+        for gate_rows, up_rows, dy_rows in zip(*flat, strict=True):
+            d_up = F.silu(gate_rows).mul_(dy_rows)
+            up_rows.mul_(dy_rows)
+            torch.ops.aten.silu_backward.grad_input(up_rows, gate_rows, grad_input=gate_rows)
+            up_rows.copy_(d_up)
+        return gate, up, None
 
 
-def swiglu(gate: Float[Tensor, "*batch width"], up: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
-    """silu(gate) ⊙ up (arXiv 2002.05202)."""
-    return _SwiGLU.apply(gate, up)
+def swiglu_(
+    gate: Float[Tensor, "*batch width"], up: Float[Tensor, "*batch width"], *, is_read: bool = True
+) -> Float[Tensor, "*batch width"]:
+    """silu(gate) ⊙ up (arXiv 2002.05202). The backward pass overwrites gate and up, which nobody else may hold.
+
+    Args:
+        gate: before the nonlinearity.
+        up: what it gates.
+        is_read: whether the value is wanted, and not the place in the graph alone; else it is zeros without memory.
+    """
+    return _SwiGLU.apply(gate, up, is_read)
 
 
 def rotary_tables(
@@ -206,12 +254,24 @@ class MLP(nn.Module):
     def forward(self, x: Float[Tensor, "batch length hidden"]) -> Float[Tensor, "batch length hidden"]:
         """down(silu(gate(x)) ⊙ up(x))."""
         gate, up = project(x, self.gate_proj, self.up_proj)
-        product = swiglu(gate, up)
+        product = swiglu_(gate, up)
         if not self.rebuilds_product:
             return self.down_proj(product)
         gate, up = gate.detach(), up.detach()
         with rebuilt_in_backward(product, lambda: _product(gate, up)):
             return self.down_proj(product)
+
+    def run_again(self, x: Float[Tensor, "batch length hidden"], norm: RMSNorm) -> Float[Tensor, "batch length hidden"]:
+        """self(norm(x)), of which only x is kept, and what `down_proj` keeps if that is not its whole input."""
+        if getattr(self.down_proj, "keeps_input", True):
+            return run_again_in_backward(lambda x: self(norm(x)), x)
+        # Outside: inside, its matrix product would be repeated for nothing.
+        return self.down_proj(run_again_in_backward(lambda x: self._gated(norm(x)), x))
+
+    def _gated(self, x: Tensor) -> Tensor:
+        """silu(gate(x)) ⊙ up(x); when run again, only what it keeps is made, not its value, which nobody reads."""
+        gate, up = project(x, self.gate_proj, self.up_proj)
+        return swiglu_(gate, up, is_read=not is_recomputing())
 
 
 class Block(nn.Module):
@@ -237,7 +297,7 @@ class Block(nn.Module):
             self.input_layernorm, x, lambda normalised: self.self_attn(normalised, cosines, sines), rebuilds_norms
         )
         if self.recompute == "mlp":
-            return x + run_again_in_backward(lambda x: self.mlp(self.post_attention_layernorm(x)), x)
+            return x + self.mlp.run_again(x, self.post_attention_layernorm)
         return x + _after_norm(self.post_attention_layernorm, x, self.mlp, rebuilds_norms)
 
 

@@ -124,6 +124,8 @@ class VeLoRALinear(nn.Module):
     """
 
     coefficients: nn.Parameter
+    keeps_input = False
+    """Of what it reads, only z is kept for the backward pass."""
 
     def __init__(self, linear: nn.Linear, direction: Direction, *, scale: float = 1.0) -> None:
         super().__init__()
