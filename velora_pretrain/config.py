@@ -111,6 +111,9 @@ class OptimizerTable(Section):
     which is then freed."""
     state_bits: Literal[32, 8] = 32
     """Bits per element of the moments of the blocks' matrices; 8 needs the extra eight-bit. Embeddings stay in 32."""
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    """How weights in bf16 take a step: to the nearest, as published, where small steps are lost; or up and down by
+    chance, where they add up (arXiv 2010.06192)."""
 
     @model_validator(mode="after")
     def _betas_in_range(self) -> OptimizerTable:
@@ -514,6 +517,8 @@ class Run(Section):
         """Dotted keys that are set but that nothing reads, each with the reason."""
         tables = {name: getattr(self.modes, name) for name in ModesTable.model_fields}
         found = {f"modes.{mode}.{key}": why for mode, table in tables.items() for key, why in table.unused.items()}
+        if self.optimizer.rounding == "stochastic" and self.precision != "bf16":
+            found["optimizer.rounding"] = f"weights are fp32 in precision {self.precision}, nothing is rounded"
         first, *others = self.mode_tables
         for name in others:
             why = f"in mode {self.mode} the learning rate is that of modes.{first}, nothing would read this"

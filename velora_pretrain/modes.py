@@ -303,7 +303,8 @@ class Mode:
             free = [p for p in projection_weights(model) if p.requires_grad and p not in rules]
             rules = {**method.rules(model, free), **rules}
         options = {"lr": self.run.lr, "betas": self.run.optimizer.betas, "eps": self.run.optimizer.eps}
-        return AdamW(parameter_groups(model, self.run), rules=rules, **options)
+        rounding = self.run.optimizer.rounding
+        return AdamW(parameter_groups(model, self.run), rules=rules, rounding=rounding, **options)
 
     def lr_multiplier(self, step: int) -> float:
         """See `Method`."""

@@ -189,6 +189,8 @@ class Trainer:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = run.lr * multiplier * group["lr_ratio"]
+        # All processes round alike, so that their weights stay the same.
+        self.optimizer.step_seed = step_seed(run.seed, step, 0)
         micro_batches = self._micro_batches(batch)
         # What a step draws (dropout) follows from seed, step and process: a resumed run draws it again.
         torch.manual_seed(step_seed(run.seed, step, self.accelerator.process_index))

@@ -25,9 +25,9 @@ from velora_pretrain.optim.flora import (
     FloraAdamW,
     Subspace,
     flora_rules,
-    mixed_seed,
     random_projection,
 )
+from velora_pretrain.optim.seeds import mixed_seed
 
 RANK, KAPPA = 3, 5
 SHAPES = {"tall": (12, 7), "wide": (7, 12), "square": (9, 9)}

@@ -28,6 +28,8 @@ from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer
 
 from velora_pretrain.optim.moments import keep_moment, load_moment, wide
+from velora_pretrain.optim.rounding import NEAREST, Rounding, StochasticStore, Store
+from velora_pretrain.optim.seeds import mixed_seed
 
 UpdateRule = Literal["dense", "projected"]
 
@@ -44,6 +46,7 @@ def dense_step_(
     lr: float,
     eps: float,
     decay: float = 0.0,
+    store: Store = NEAREST,
 ) -> None:
     """weight −= lr · m v_j / (root_u |v_j| + eps), in place: AdamW's step on the dense gradient C ⊗ v.
 
@@ -55,6 +58,7 @@ def dense_step_(
         lr: learning rate.
         eps: added to the dense root.
         decay: share of the weight that is taken off first.
+        store: how a narrow weight takes what it has become.
     """
     # m v_j / (root_u |v_j| + eps) = m / (root_u sign(v_j) + eps / v_j): one temporary, none for the numerator.
     # Where v_j is 0, eps / v_j is infinite and the element stays, as it does under the dense rule.
@@ -66,8 +70,7 @@ def dense_step_(
         if decay:
             w.mul_(1 - decay)
         w.addcdiv_(m_rows[..., None], denominator, value=-lr)
-        if w is not rows:
-            rows.copy_(w)
+        store(rows, w)
 
 
 def projected_step_(
@@ -79,6 +82,7 @@ def projected_step_(
     lr: float,
     eps: float,
     decay: float = 0.0,
+    store: Store = NEAREST,
 ) -> None:
     """weight −= lr · √s · m / (root_u + eps) ⊗ v, in place; arguments as in `dense_step_`."""
     step = m / (root_u + eps)
@@ -88,8 +92,7 @@ def projected_step_(
         if decay:
             w.mul_(1 - decay)
         w.addcmul_(step_rows[..., None], direction.to(step_rows), value=scale)
-        if w is not rows:
-            rows.copy_(w)
+        store(rows, w)
 
 
 def _row_chunks(weight: Tensor, *coefficients: Tensor) -> Iterable[tuple[Tensor, ...]]:
@@ -120,14 +123,18 @@ def move_moments(gradient: Tensor, state: dict[str, Any], group: dict[str, Any])
     return m / (1 - beta1**step), (u / (1 - beta2**step)).sqrt_()
 
 
-def add_step_(parameter: Tensor, step: Tensor, *, lr: float, decay: float = 0.0) -> None:
-    """parameter −= lr · step, after its decay, in place; a narrow parameter is rounded once."""
+def add_step_(parameter: Tensor, step: Tensor, group: dict[str, Any], *, lr: float, decay: float = 0.0) -> None:
+    """parameter −= lr · step, after its decay, in place; a narrow parameter is rounded once, as its group has it."""
     weight = parameter.to(step.dtype)
     if decay:
         weight.mul_(1 - decay)
     weight.add_(step, alpha=-lr)
-    if weight is not parameter:
-        parameter.copy_(weight)
+    store_of(group)(parameter, weight)
+
+
+def store_of(group: dict[str, Any]) -> Store:
+    """How the parameters of a group take what they become."""
+    return group.get("store", NEAREST)
 
 
 @runtime_checkable
@@ -140,7 +147,8 @@ class Rule(Protocol):
         Args:
             parameter: the parameter that the gradient belongs to.
             state: its state, empty at first: tensors and integers.
-            group: the settings of its group: lr, betas, eps, weight_decay, state_bits.
+            group: the settings of its group: lr, betas, eps, weight_decay, state_bits; and `store`, if narrow
+                parameters are not rounded to the nearest.
         """
 
 
@@ -170,7 +178,8 @@ class Factored:
         assert parameter.grad is not None
         m, root_u = move_moments(parameter.grad, state, group)
         lr, decay = group["lr"] * self.scale, group["lr"] * group["weight_decay"]
-        _STEPS[self.update](self.weight, m, root_u, self.direction, lr=lr, eps=group["eps"], decay=decay)
+        how = {"lr": lr, "eps": group["eps"], "decay": decay, "store": store_of(group)}
+        _STEPS[self.update](self.weight, m, root_u, self.direction, **how)
 
 
 class AdamW(Optimizer):
@@ -187,7 +196,11 @@ class AdamW(Optimizer):
         eps: added to the root of the second moment.
         weight_decay: decoupled decay; of factored weights it takes the dense weight.
         state_bits: 32 or 8, the bits of an element of the moments.
+        rounding: how bf16 weights take their new values, see `rounding.py`.
     """
+
+    step_seed: int = 0
+    """Of what stochastic rounding draws in the next step; to be set anew before each."""
 
     def __init__(
         self,
@@ -201,12 +214,16 @@ class AdamW(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         state_bits: int = 32,
+        rounding: Rounding = "nearest",
     ) -> None:
         self.rules: dict[Any, Rule] = dict(rules or {})
         for handle, (weight, direction) in (factored or {}).items():
             self.rules[handle] = Factored(weight=weight, direction=direction, update=update)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "state_bits": state_bits}
         super().__init__(params, defaults)
+        self.rounding: Rounding = rounding
+        parameters = (p for group in self.param_groups for p in group["params"])
+        self._places = {parameter: place for place, parameter in enumerate(parameters)}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -229,9 +246,15 @@ class AdamW(Optimizer):
         """Steps one parameter by its rule, or plain ones together."""
         rule = self.rules.get(parameters[0])
         if rule:
-            rule.step_(parameters[0], self.state[parameters[0]], group)
+            rule.step_(parameters[0], self.state[parameters[0]], self._with_store(parameters[0], group))
         else:
             self._step_plain(parameters, group)
+
+    def _with_store(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        """The group's settings for one parameter, whose draws do not depend on which others step, or when."""
+        if self.rounding == "nearest":
+            return group
+        return {**group, "store": StochasticStore(mixed_seed("rounding", self.step_seed, self._places[parameter]))}
 
     @torch.no_grad()
     def accumulate(self, parameter: Tensor) -> None:
@@ -266,8 +289,7 @@ class AdamW(Optimizer):
         for parameter in alone:
             weight = parameter.to(wide(parameter.dtype))
             self._fused_step([weight], [parameter], group)
-            if weight is not parameter:
-                parameter.copy_(weight)
+            store_of(self._with_store(parameter, group))(parameter, weight)
         together = [p for p in parameters if group["state_bits"] == 32 and p.dtype == wide(p.dtype)]
         if together:
             self._fused_step(together, together, group)

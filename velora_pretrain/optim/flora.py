@@ -33,7 +33,6 @@ bound where β₁^κ √((W + r + 1) / r) ≥ 1: a small κ diverges.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -45,6 +44,7 @@ from torch import Tensor, nn
 
 from velora_pretrain.optim.adamw import Rule, add_step_, move_moments
 from velora_pretrain.optim.moments import keep_moment, load_moment, wide
+from velora_pretrain.optim.seeds import mixed_seed
 
 SQUARE_FLOOR = 1e-30
 """Added to squared gradients (ε₁ of arXiv 1804.04235, as in the reference implementation)."""
@@ -52,12 +52,6 @@ DECAY_EXPONENT = -0.8
 """Of the step, in 1 − β_t (arXiv 1804.04235, section 7.2)."""
 LARGEST_RMS = 1.0
 """Of an update, before the learning rate (arXiv 1804.04235, section 6)."""
-
-
-def mixed_seed(*parts: int | str) -> int:
-    """A seed of 64 bits, another one where any of `parts` is."""
-    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest)
 
 
 def random_projection(
@@ -154,7 +148,7 @@ class Adafactor:
             self._add_momentum_(update, state, group)
         rms = torch.linalg.vector_norm(update) / math.sqrt(update.numel())
         update.div_((rms / LARGEST_RMS).clamp_(min=1.0))
-        add_step_(parameter, update, lr=group["lr"], decay=group["lr"] * group["weight_decay"])
+        add_step_(parameter, update, group, lr=group["lr"], decay=group["lr"] * group["weight_decay"])
 
     def _take_gradient(self, parameter: Tensor, state: dict[str, Any]) -> Tensor:
         """The gradient of the step, wide."""
@@ -217,7 +211,7 @@ class FloraAdamW(_Compressed):
             _accumulate_(parameter, state, subspace)
         m, root_u = move_moments(state.pop("accumulated"), state, group)
         lr, decay = group["lr"] * self.scale, group["lr"] * group["weight_decay"]
-        add_step_(parameter, subspace.decompress(m.div_(root_u.add_(group["eps"]))), lr=lr, decay=decay)
+        add_step_(parameter, subspace.decompress(m.div_(root_u.add_(group["eps"]))), group, lr=lr, decay=decay)
         if step % self.kappa == 0:
             carried = subspace.carry(load_moment(state, "exp_avg", m), self._moments_subspace(parameter, step))
             keep_moment(state, "exp_avg", carried, group["state_bits"])

@@ -184,7 +184,7 @@ class GaLore:
         # Some rows at a time, so that the step is never there in full size.
         rows = max(1, UPDATE_ELEMENTS // parameter.shape[1])
         for weight, coefficients in zip(parameter.split(rows), left.split(rows), strict=True):
-            add_step_(weight, coefficients @ right, lr=lr, decay=decay)
+            add_step_(weight, coefficients @ right, group, lr=lr, decay=decay)
 
     def _low_rank_gradient(self, parameter: Tensor, state: dict[str, Any]) -> Tensor:
         """R; finds P first where a refresh is due."""
