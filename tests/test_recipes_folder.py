@@ -17,7 +17,7 @@ STEPS = PUBLISHED_STEPS | {"7b": 150_000}
 
 ABLATIONS = {"velora_initialisation": 4, "velora_width": 4, "velora_placement": 12}
 """Variants of each."""
-COMPARISONS = {"small_comparison": 10, **ABLATIONS}
+COMPARISONS = {"small_comparison": 7, "small_velora": 15, **ABLATIONS}
 
 
 def test_there_is_one_recipe_per_published_size_the_quickstart_and_comparisons():
