@@ -9,6 +9,7 @@ from torch import nn
 
 from velora_pretrain.nn.direction import Direction
 from velora_pretrain.nn.velora import VeLoRALinear, compressed_weights, expand
+from velora_pretrain.optim import adamw
 from velora_pretrain.optim.adamw import AdamW, UpdateRule
 
 M, D, G = 6, 20, 5
@@ -238,3 +239,42 @@ def test_state_dict_round_trip_goes_on_bitwise() -> None:
         our_step(layer, optimizer, batch, clip=1.0)
         our_step(again, resumed, batch, clip=1.0)
     assert torch.equal(layer.weight, again.weight)
+
+
+@pytest.mark.parametrize("state_bits", [32, 8])
+def test_a_narrow_parameter_steps_some_rows_at_a_time(state_bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits in one piece and in several, and never a wide copy of the whole."""
+    results = []
+    for elements in (2**22, 2**11):
+        monkeypatch.setattr(adamw, "WIDE_ELEMENTS", elements)
+        generator = torch.Generator().manual_seed(0)
+        weights = [nn.Parameter(torch.randn(shape, generator=generator).bfloat16()) for shape in ((70, 64), (5,), ())]
+        optimizer = AdamW(weights, lr=0.01, weight_decay=0.1, state_bits=state_bits)
+        for _ in range(3):
+            for weight in weights:
+                weight.grad = torch.randn(weight.shape, generator=generator).bfloat16()
+            with _LargestTensor() as made:
+                optimizer.step()
+        results.append((weights, optimizer))
+    # In 8 bits the moments are widened whole.
+    assert (made.largest < 70 * 64) == (state_bits == 32)
+    (ours, first), (theirs, second) = results
+    for weight, other in zip(ours, theirs, strict=True):
+        assert torch.equal(weight, other)
+        assert first.state[weight].keys() == second.state[other].keys()
+        assert all(torch.equal(value, second.state[other][key]) for key, value in first.state[weight].items())
+        assert first.state[weight]["step"] == 3
+
+
+class _LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
+    """Elements of the largest wide tensor that any operation makes, and not in place."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dtype == torch.float32 and "split" not in str(func):
+            given = [a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)]
+            if result.untyped_storage().data_ptr() not in given:
+                self.largest = max(self.largest, result.numel())
+        return result

@@ -33,6 +33,9 @@ from velora_pretrain.optim.seeds import mixed_seed
 
 UpdateRule = Literal["dense", "projected"]
 
+WIDE_ELEMENTS = 2**22
+"""Elements of a narrow parameter that are widened at a time for its step."""
+
 UPDATE_ELEMENTS = 2**20
 """Elements of a factored weight that are updated at a time: bounds the temporary, and keeps it in a CPU's cache."""
 
@@ -284,42 +287,68 @@ class AdamW(Optimizer):
 
     def _step_plain(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         # The fused kernel wants weights, gradients and moments in one wide format. Where that takes copies, parameters
-        # step one by one, so that the copies are never larger than one of them.
+        # step one by one, and some rows at a time.
         alone = [p for p in parameters if group["state_bits"] != 32 or p.dtype != wide(p.dtype)]
-        for parameter in alone:
-            weight = parameter.to(wide(parameter.dtype))
-            self._fused_step([weight], [parameter], group)
-            store_of(self._with_store(parameter, group))(parameter, weight)
         together = [p for p in parameters if group["state_bits"] == 32 and p.dtype == wide(p.dtype)]
+        for parameter in alone:
+            self._step_alone(parameter, group)
         if together:
-            self._fused_step(together, together, group)
+            states = [self._counted_state(p) for p in together]
+            moments = [_moments(state, p) for state, p in zip(states, together, strict=True)]
+            gradients = [p.grad for p in together if p.grad is not None]
+            _fused_adamw_(together, gradients, moments, [state["step"] for state in states], group)
+            for state, (m, u) in zip(states, moments, strict=True):
+                state |= {"exp_avg": m, "exp_avg_sq": u}
 
-    def _fused_step(self, weights: list[Tensor], parameters: list[Tensor], group: dict[str, Any]) -> None:
-        """One fused step of `weights`, with the gradients and states of `parameters`."""
-        states = [self.state[p] for p in parameters]
-        gradients = [p.grad.to(w.dtype) for p, w in zip(parameters, weights, strict=True) if p.grad is not None]
-        for state, gradient in zip(states, gradients, strict=True):
-            if "step" not in state:
-                # The fused kernel counts on the device, so that nobody waits for it.
-                state["step"] = torch.zeros((), dtype=torch.float32, device=gradient.device)
-        m = [load_moment(s, "exp_avg", g) for s, g in zip(states, gradients, strict=True)]
-        u = [load_moment(s, "exp_avg_sq", g) for s, g in zip(states, gradients, strict=True)]
-        adamw(
-            weights,
-            gradients,
-            m,
-            u,
-            [],
-            [s["step"] for s in states],
-            fused=True,
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
-        for state, first, second in zip(states, m, u, strict=True):
-            keep_moment(state, "exp_avg", first, group["state_bits"])
-            keep_moment(state, "exp_avg_sq", second, group["state_bits"])
+    def _step_alone(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        """Steps a parameter that is narrow, or whose moments are."""
+        assert parameter.grad is not None
+        state, store = self._counted_state(parameter), store_of(self._with_store(parameter, group))
+        m, u = _moments(state, parameter)
+        whole = [torch.atleast_1d(tensor) for tensor in (parameter, parameter.grad, m, u)]
+        rows = max(1, WIDE_ELEMENTS // whole[0][0].numel())
+        for part, gradient, first, second in zip(*(tensor.split(rows) for tensor in whole), strict=True):
+            weight = part.to(m.dtype)
+            # The kernel counts the step, which is one for all rows.
+            _fused_adamw_([weight], [gradient.to(m.dtype)], [(first, second)], [state["step"].clone()], group)
+            store(part, weight)
+        state["step"] += 1
+        keep_moment(state, "exp_avg", m, group["state_bits"])
+        keep_moment(state, "exp_avg_sq", u, group["state_bits"])
+
+    def _counted_state(self, parameter: Tensor) -> dict[str, Any]:
+        """A parameter's state with its count of steps, on the device, so that nobody waits for it."""
+        state = self.state[parameter]
+        if "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        return state
+
+
+def _moments(state: dict[str, Any], parameter: Tensor) -> tuple[Tensor, Tensor]:
+    return load_moment(state, "exp_avg", parameter), load_moment(state, "exp_avg_sq", parameter)
+
+
+def _fused_adamw_(
+    weights: list[Tensor],
+    gradients: list[Tensor],
+    moments: list[tuple[Tensor, Tensor]],
+    steps: list[Tensor],
+    group: dict[str, Any],
+) -> None:
+    """PyTorch's fused kernel on tensors of one format; counts `steps` up."""
+    adamw(
+        weights,
+        gradients,
+        [m for m, _ in moments],
+        [u for _, u in moments],
+        [],
+        steps,
+        fused=True,
+        amsgrad=False,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+    )
