@@ -11,11 +11,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from velora_pretrain.config import MODES
-from velora_pretrain.memory import CATEGORIES, MemoryTracker, peak_of_step
+from velora_pretrain.memory import CATEGORIES, MemoryTracker
 from velora_pretrain.modes import build_mode
 from velora_pretrain.nn.llama import Llama
 from velora_pretrain.prediction import choose_micro_batch, predict_memory
 from velora_pretrain.recipe import resolve
+from velora_pretrain.step_memory import peak_of_step
 
 
 @pytest.mark.parametrize("mode", MODES)

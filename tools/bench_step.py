@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from velora_pretrain.config import Precision
-from velora_pretrain.memory import peak_of_step
+from velora_pretrain.step_memory import peak_of_step
 from velora_pretrain.nn.llama import Llama
 
 TRACKED_STEPS = 2

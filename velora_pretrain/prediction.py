@@ -8,9 +8,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from velora_pretrain.config import Run
 from velora_pretrain.devices import WEIGHT_DTYPES, autocast, default_dtype
-from velora_pretrain.memory import MemoryUse, peak_of_step
+from velora_pretrain.memory import MemoryUse
 from velora_pretrain.modes import build_mode
 from velora_pretrain.nn.llama import Llama
+from velora_pretrain.step_memory import StepPrediction, predict_step
 
 MICRO_BATCH_TOKENS = {"cpu": 4_096, "mps": 16_384, "cuda": 65_536}
 """Tokens per forward pass beyond which a larger micro-batch makes no step faster."""
@@ -18,8 +19,8 @@ USABLE_SHARE = 0.85
 """Share of the free memory that a prediction may fill: the rest is for what allocators round up and kernels borrow."""
 
 
-def predict_memory(run: Run, micro_batch: int, *, accumulates: bool) -> MemoryUse:
-    """Peak memory of a training step on one device, by category, without allocating it.
+def predict(run: Run, micro_batch: int, *, accumulates: bool) -> StepPrediction:
+    """Memory of a training step on one device, and operations of its matrix products, without allocating anything.
 
     The model, the mode and the optimizer are the real ones, on tensors without memory.
 
@@ -46,7 +47,12 @@ def predict_memory(run: Run, micro_batch: int, *, accumulates: bool) -> MemoryUs
 
         mode.before_step(model, optimizer, 1, run_forward)
         in_backward = run.optimizer.update == "in_backward"
-        return peak_of_step(model, optimizer, [loss, loss] if accumulates else [loss], in_backward=in_backward)
+        return predict_step(model, optimizer, loss, accumulates=accumulates, in_backward=in_backward)
+
+
+def predict_memory(run: Run, micro_batch: int, *, accumulates: bool) -> MemoryUse:
+    """Peak memory of a training step on one device, by category; arguments as for `predict`."""
+    return predict(run, micro_batch, accumulates=accumulates).memory
 
 
 def free_memory_bytes(device: torch.device) -> int:
