@@ -32,6 +32,7 @@ PREDICTED = dict.fromkeys(
         "optimizer_state_bytes",
         "buffers_bytes",
         "saved_activations_bytes",
+        "loss_bytes",
         "temporaries_bytes",
         "peak_bytes",
     ],
@@ -50,6 +51,7 @@ class Calls:
         self.trained: list[dict[str, Any]] = []
         self.evaluated: list[dict[str, Any]] = []
         self.compared: list[Run] = []
+        self.question: dict[str, Any] = {}
         self.error: BaseException | None = None
 
     def train(self, run: Run, folder: RunFolder, *, resume: bool, display: Any) -> dict[str, Any]:
@@ -74,8 +76,8 @@ class Calls:
         self.evaluated.append({"path": path, **options})
         return {**EVALUATION, "tokenizer_sha256": "ab", "data": "sample", "checkpoint": str(path)}
 
-    def memory_rows(self, runs: list[Run]) -> list[dict[str, Any]]:
-        self.compared = runs
+    def memory_rows(self, runs: list[Run], **question: Any) -> list[dict[str, Any]]:
+        self.compared, self.question = runs, question
         return [{"mode": run.mode, "options": {}, "predicted": PREDICTED, "measured": None} for run in runs]
 
 
@@ -220,7 +222,7 @@ def test_the_options_that_stay_are_there(capsys: pytest.CaptureFixture[str], mon
         "train": "size mode recipe data tokenizer steps batch-size micro-batch sequence-length lr seed device precision"
         " run-dir resume set",
         "eval checkpoint": "data tokens device json",
-        "compare memory": "size modes micro-batch sequence-length precision recompute set json",
+        "compare memory": "size modes micro-batch sequence-length precision recompute update measure budget set json",
     }
     for command, options in names.items():
         assert status(*command.split(), "--help") == 0
@@ -422,7 +424,8 @@ def test_memory_is_compared_for_every_mode(calls: Calls, capsys: pytest.CaptureF
 )
 def test_a_mode_on_chosen_layers_is_shown_on_all_too(calls: Calls, settings: list[str], layers: list[object]):
     assert status("compare", "memory", "--modes", "velora", *settings) == 0
-    assert [run.modes.velora.layers for run in calls.compared] == layers
+    kept = [run for run in calls.compared if run.memory.recompute == "none"]
+    assert [run.modes.velora.layers for run in kept] == layers
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])

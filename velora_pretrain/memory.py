@@ -25,7 +25,7 @@ from __future__ import annotations
 import re
 import weakref
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,19 +35,8 @@ from torch.utils._pytree import tree_leaves
 
 from velora_pretrain.gradients import SteppingOptimizer
 from velora_pretrain.matrix_products import product_operations
+from velora_pretrain.memory_use import CATEGORIES, AliveTensors, Category, MemoryUse, ModuleKind, Moment
 
-Category = Literal["weights", "gradients", "optimizer_state", "buffers", "saved_activations", "loss", "temporaries"]
-CATEGORIES: tuple[Category, ...] = (
-    "weights",
-    "gradients",
-    "optimizer_state",
-    "buffers",
-    "saved_activations",
-    "loss",
-    "temporaries",
-)
-Moment = Literal["forward", "loss", "backward", "step"]
-ModuleKind = Literal["attention", "mlp", "norms", "embedding", "head", "other"]
 _KIND_OF_NAME: dict[str, ModuleKind] = {
     "norm": "norms",
     "attn": "attention",
@@ -58,41 +47,6 @@ _KIND_OF_NAME: dict[str, ModuleKind] = {
 """What stands in the name of a module of each kind."""
 LARGEST_SHOWN = 12
 """Groups of tensors named at the peak."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class AliveTensors:
-    """Tensors of one shape, format and origin that were alive at the peak."""
-
-    category: Category
-    origin: str
-    """The parameter (layers' numbers as *), the kind of module that saved them, or the operation that made them."""
-    shape: tuple[int, ...]
-    """Of the first tensor over each storage."""
-    dtype: str
-    count: int
-    total_bytes: int
-    """Of the storages of all of them."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MemoryUse:
-    """Bytes alive at the peak of a step; the categories add up to the peak."""
-
-    weights_bytes: int
-    gradients_bytes: int
-    optimizer_state_bytes: int
-    buffers_bytes: int
-    saved_activations_bytes: int
-    loss_bytes: int
-    temporaries_bytes: int
-    peak_bytes: int
-    peak_moment: Moment
-    """Part of the step in which the peak lies."""
-    saved_by_module_bytes: dict[ModuleKind, int]
-    """Saved activations by the kind of module that saved them; norms have the residual stream, which they read."""
-    largest_at_peak: tuple[AliveTensors, ...]
-    """The largest of what was alive, in groups."""
 
 
 @dataclass(kw_only=True)
@@ -170,6 +124,8 @@ class MemoryTracker(TorchDispatchMode):
     def _module_hooks(self, kind: ModuleKind, *, is_model: bool, is_trunk: bool) -> tuple[Any, Any]:
         def before(*_: Any) -> None:
             if is_model:
+                # Also sums of gradients that an earlier micro-batch has left in the optimizer's state.
+                self.settle()
                 self._running.clear()
                 self._between = "forward"
             self._running.append(kind)

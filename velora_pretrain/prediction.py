@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import count
+
 import psutil
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from velora_pretrain.config import Run
 from velora_pretrain.devices import WEIGHT_DTYPES, autocast, default_dtype
+from velora_pretrain.dimensions import SIZES
 from velora_pretrain.memory import MemoryUse
 from velora_pretrain.modes import build_mode
 from velora_pretrain.nn.llama import Llama
@@ -71,16 +75,87 @@ def choose_micro_batch(run: Run, *, local_sequences: int, device_type: str, budg
         device_type: cpu, cuda or mps.
         budget_bytes: memory that a step may take. Where nothing fits, the answer is 1.
     """
-    most = run.batch.micro_batch
-    if most != "auto":
-        return _divisors(local_sequences, most)[0]
-    candidates = _divisors(local_sequences, max(1, MICRO_BATCH_TOKENS[device_type] // run.batch.sequence_length))
-    for micro_batch in candidates[:-1]:
-        if predict_memory(run, micro_batch, accumulates=micro_batch < local_sequences).peak_bytes <= budget_bytes:
-            return micro_batch
-    return candidates[-1]
+    given = run.batch.micro_batch
+    if given != "auto":
+        return _largest_divisor(local_sequences, given)
+    most = max(1, MICRO_BATCH_TOKENS[device_type] // run.batch.sequence_length)
+    largest, _ = largest_micro_batch(
+        run,
+        budget_bytes=budget_bytes,
+        local_sequences=local_sequences,
+        most=_largest_divisor(local_sequences, most),
+    )
+    return _largest_divisor(local_sequences, largest) if largest else 1
 
 
-def _divisors(number: int, most: int) -> list[int]:
-    """Divisors of `number` up to `most`, the largest first."""
-    return [n for n in range(min(most, number), 0, -1) if number % n == 0]
+def largest_micro_batch(
+    run: Run,
+    *,
+    budget_bytes: int,
+    local_sequences: int,
+    most: int,
+    predict: Callable[..., StepPrediction] = predict,
+) -> tuple[int, StepPrediction]:
+    """The most sequences per forward pass whose step fits, and its prediction; 0 and that of one where one does not.
+
+    The peak grows almost evenly with the micro-batch, so a guess between two known peaks is soon right.
+
+    Args:
+        run: the run.
+        budget_bytes: memory that a step may take.
+        local_sequences: sequences per optimizer step on one device.
+        most: where the search ends.
+        predict: takes the arguments of `predict`.
+    """
+    known: dict[int, StepPrediction] = {}
+
+    def peak(number: int) -> int:
+        if number not in known:
+            known[number] = predict(run, number, accumulates=number < local_sequences)
+        return known[number].memory.peak_bytes
+
+    if peak(most) <= budget_bytes:
+        return most, known[most]
+    if peak(1) > budget_bytes:
+        return 0, known[1]
+    low, high = 1, most
+    for guesses in count():
+        if high - low <= 1:
+            break
+        share = (budget_bytes - peak(low)) / (peak(high) - peak(low)) if guesses < 6 else 0.5
+        guess = min(max(low + int(share * (high - low)), low + 1), high - 1)
+        low, high = (guess, high) if peak(guess) <= budget_bytes else (low, guess)
+    return low, known[low]
+
+
+def largest_size(
+    run: Run, micro_batch: int, *, budget_bytes: int, predict: Callable[..., StepPrediction] = predict
+) -> tuple[Run, StepPrediction, bool]:
+    """The run at the largest published size whose step fits, its prediction, and whether any does; else the smallest.
+
+    Args:
+        run: of any size.
+        micro_batch: sequences per forward pass.
+        budget_bytes: memory that a step may take.
+        predict: takes the arguments of `predict`.
+    """
+    runs = [run.model_copy(update={"size": size}) for size in SIZES]
+    runs.sort(key=lambda sized: sized.llama.num_parameters)
+    accumulates = micro_batch < run.batch.sequences
+    first, beyond = 0, len(runs)
+    best = predict(runs[0], micro_batch, accumulates=accumulates)
+    if best.memory.peak_bytes > budget_bytes:
+        return runs[0], best, False
+    while beyond - first > 1:
+        middle = (first + beyond) // 2
+        found = predict(runs[middle], micro_batch, accumulates=accumulates)
+        if found.memory.peak_bytes <= budget_bytes:
+            first, best = middle, found
+        else:
+            beyond = middle
+    return runs[first], best, True
+
+
+def _largest_divisor(number: int, most: int) -> int:
+    """The largest divisor of `number` up to `most`."""
+    return next(n for n in range(min(most, number), 0, -1) if number % n == 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -37,7 +38,6 @@ def peak_of_step(
                 with gradients.of_micro_batch(number, len(losses)):
                     value.backward()
                 del value
-                tracker.settle()
             gradients.step()
             tracker.settle()
         return tracker.use
@@ -55,6 +55,10 @@ class StepPrediction:
     weight_elements: int
     state_elements: int
     """Numbers in weights, and in the optimizer's state, of whatever format."""
+    whole_gradients_bytes: int
+    """Gradients of all parameters together, whether or not they are ever alive together."""
+    largest_unit_bytes: int
+    """Weights and gradients of the largest block, or other module with parameters."""
 
 
 def predict_step(
@@ -105,9 +109,26 @@ def predict_step(
             step_operations=at_step,
             weight_elements=tracker.elements("weights"),
             state_elements=tracker.elements("optimizer_state"),
+            whole_gradients_bytes=sum(_whole_bytes(parameter) for parameter in parameters),
+            largest_unit_bytes=_largest_unit_bytes(model),
         )
 
 
 def _gradient_like(parameter: Tensor) -> Tensor:
     # Also for a parameter whose one number is expanded: its gradient is whole.
     return torch.zeros(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+
+
+def _whole_bytes(parameter: Tensor) -> int:
+    return parameter.numel() * parameter.element_size()
+
+
+def _largest_unit_bytes(model: nn.Module) -> int:
+    """Weights and gradients of the largest of the parts that are gathered together: blocks, and what is in none."""
+    units: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        block = re.match(r".*?\.\d+(?=\.)", name)
+        unit = block[0] if block else name.rpartition(".")[0]
+        stored = parameter.untyped_storage().nbytes()
+        units[unit] = units.get(unit, 0) + stored + (_whole_bytes(parameter) if parameter.requires_grad else 0)
+    return max(units.values())
