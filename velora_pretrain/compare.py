@@ -79,7 +79,13 @@ class MemoryComparison:
             found = self.predict(run, micro_batch, accumulates=micro_batch < local)
         elif question.any_size:
             micro_batch = 1 if run.batch.micro_batch == "auto" else run.batch.micro_batch
-            run, found, fits = largest_size(run, micro_batch, budget_bytes=question.budget_bytes, predict=self.predict)
+            run, found, fits = largest_size(
+                run,
+                micro_batch,
+                accumulates=micro_batch < local,
+                budget_bytes=question.budget_bytes,
+                predict=self.predict,
+            )
         else:
             largest, found = largest_micro_batch(
                 run,

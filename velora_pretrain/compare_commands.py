@@ -44,7 +44,9 @@ def compare_memory(
     size: Annotated[
         str | None, typer.Option(help="Model size, from 9m to 13b; with --budget also any.", metavar="SIZE")
     ] = "60m",
-    modes: Annotated[str | None, typer.Option(help="Modes, with commas between; by default all.")] = None,
+    modes: Annotated[
+        str | None, typer.Option(help="Modes, with commas between; by default all that are not two together.")
+    ] = None,
     micro_batch: MicroBatch = None,
     sequence_length: SequenceLength = None,
     precision: Precision = None,
@@ -82,6 +84,8 @@ def compare_memory(
         raise UserError("--size any: give --budget, for example --budget 24GiB")
     if sharding not in (None, "none", "data-parallel", "sharded"):
         raise UserError(f"--sharding {sharding}: choose from none, data-parallel, sharded")
+    from velora_pretrain.config import MODES
+
     budget_bytes = parse_bytes("--budget", budget) if budget else None
     per_pass = number_or_word(micro_batch)
     options = {
@@ -97,6 +101,7 @@ def compare_memory(
         options["batch.sequences"] = per_pass * devices * max(1, 512 // (per_pass * devices))
     is_given = recompute or any(each.partition("=")[0].strip() == "memory.recompute" for each in settings or [])
     kinds = [recompute] if is_given else RIVALS
+    modes = modes or ",".join(mode for mode in MODES if "+" not in mode)
     lists = [compared_runs(modes, {**options, "memory.recompute": kind}, settings or []) for kind in kinds]
     runs = [run for rivals in zip(*lists, strict=True) for run in rivals]
     if plot is not None:

@@ -129,19 +129,24 @@ def largest_micro_batch(
 
 
 def largest_size(
-    run: Run, micro_batch: int, *, budget_bytes: int, predict: Callable[..., StepPrediction] = predict
+    run: Run,
+    micro_batch: int,
+    *,
+    accumulates: bool,
+    budget_bytes: int,
+    predict: Callable[..., StepPrediction] = predict,
 ) -> tuple[Run, StepPrediction, bool]:
     """The run at the largest published size whose step fits, its prediction, and whether any does; else the smallest.
 
     Args:
         run: of any size.
         micro_batch: sequences per forward pass.
+        accumulates: whether a step has more than one micro-batch.
         budget_bytes: memory that a step may take.
         predict: takes the arguments of `predict`.
     """
     runs = [run.model_copy(update={"size": size}) for size in SIZES]
     runs.sort(key=lambda sized: sized.llama.num_parameters)
-    accumulates = micro_batch < run.batch.sequences
     first, beyond = 0, len(runs)
     best = predict(runs[0], micro_batch, accumulates=accumulates)
     if best.memory.peak_bytes > budget_bytes:
