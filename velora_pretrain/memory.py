@@ -77,7 +77,7 @@ class MemoryTracker(TorchDispatchMode):
     def __init__(self, model: nn.Module, optimizer: Optimizer | SteppingOptimizer) -> None:
         super().__init__()
         self._model, self._optimizer = model, optimizer
-        self._names = {parameter: _without_numbers(name) for name, parameter in model.named_parameters()}
+        self._names: dict[Any, str] = {parameter: _without_numbers(name) for name, parameter in model.named_parameters()}
         self._alive: dict[int, _Stored] = {}
         self._finalizers: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._seen: list[_Stored] = []
@@ -249,7 +249,7 @@ class MemoryTracker(TorchDispatchMode):
 
     def _gradient_arrived(self, parameter: Tensor) -> None:
         if parameter.grad is not None:
-            self._file(parameter.grad, "gradients", self._names[parameter])  # pyright: ignore[reportArgumentType]
+            self._file(parameter.grad, "gradients", self._names[parameter])
 
     def _file(self, tensor: Tensor, category: Category | None, origin: str) -> None:
         """Counts a storage when it is first seen and moves it to `category`.

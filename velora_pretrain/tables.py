@@ -115,11 +115,11 @@ def _best_rates_table(rows: Sequence[Mapping[str, Any]], shared: Mapping[str, An
         table.add_column(name, justify="right")
     peaks = [row["peak_memory_bytes"] for row in rows]
     decimals = decimals_of([{"peak_bytes": value} for peak in peaks for value in peak.values() if value is not None])
-    for row, words in zip(rows, own, strict=True):
+    for row, settings in zip(rows, own, strict=True):
         memory = [None if peak is None else gib(peak, decimals) for peak in row["peak_memory_bytes"].values()]
         table.add_row(
             row["variant"],
-            *([words] if any(own) else []),
+            *([settings] if any(own) else []),
             "none" if row["learning_rate"] is None else f"{row['learning_rate']:g}",
             _spread(row["perplexity_mean"], row["perplexity_sd"], seeds),
             "" if row["variant"] == shared["baseline"] else _gap(row, seeds),
