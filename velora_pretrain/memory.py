@@ -77,7 +77,9 @@ class MemoryTracker(TorchDispatchMode):
     def __init__(self, model: nn.Module, optimizer: Optimizer | SteppingOptimizer) -> None:
         super().__init__()
         self._model, self._optimizer = model, optimizer
-        self._names: dict[Any, str] = {parameter: _without_numbers(name) for name, parameter in model.named_parameters()}
+        self._names: dict[Any, str] = {
+            parameter: _without_numbers(name) for name, parameter in model.named_parameters()
+        }
         self._alive: dict[int, _Stored] = {}
         self._finalizers: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._seen: list[_Stored] = []
