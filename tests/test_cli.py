@@ -32,6 +32,7 @@ PREDICTED = dict.fromkeys(
         "optimizer_state_bytes",
         "buffers_bytes",
         "saved_activations_bytes",
+        "loss_bytes",
         "temporaries_bytes",
         "peak_bytes",
     ],
@@ -50,6 +51,7 @@ class Calls:
         self.trained: list[dict[str, Any]] = []
         self.evaluated: list[dict[str, Any]] = []
         self.compared: list[Run] = []
+        self.question: dict[str, Any] = {}
         self.error: BaseException | None = None
 
     def train(self, run: Run, folder: RunFolder, *, resume: bool, display: Any) -> dict[str, Any]:
@@ -74,8 +76,8 @@ class Calls:
         self.evaluated.append({"path": path, **options})
         return {**EVALUATION, "tokenizer_sha256": "ab", "data": "sample", "checkpoint": str(path)}
 
-    def memory_rows(self, runs: list[Run]) -> list[dict[str, Any]]:
-        self.compared = runs
+    def memory_rows(self, runs: list[Run], **question: Any) -> list[dict[str, Any]]:
+        self.compared, self.question = runs, question
         return [{"mode": run.mode, "options": {}, "predicted": PREDICTED, "measured": None} for run in runs]
 
 
@@ -145,6 +147,10 @@ def mistake(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("compare memory --modes full,velra", ["mode: ", "'velra'"]),
         ("compare memory --size 61m", ["size: '61m' is not a size"]),
         ("compare memory --recompute all", ["memory.recompute: ", "'all'"]),
+        ("compare memory --update later", ["optimizer.update: ", "'later'"]),
+        ("compare memory --budget much", ["--budget much: is no size"]),
+        ("compare memory --size any", ["--size any: give --budget"]),
+        ("compare memory --sharding thin", ["--sharding thin: choose from"]),
         ("compare memory --json no/such/folder.json", ["--json no/such/folder.json: cannot be written"]),
     ],
 )
@@ -220,7 +226,7 @@ def test_the_options_that_stay_are_there(capsys: pytest.CaptureFixture[str], mon
         "train": "size mode recipe data tokenizer steps batch-size micro-batch sequence-length lr seed device precision"
         " run-dir resume set",
         "eval checkpoint": "data tokens device json",
-        "compare memory": "size modes micro-batch sequence-length precision recompute set json",
+        "compare memory": "size modes micro-batch sequence-length precision recompute update measure budget set json",
     }
     for command, options in names.items():
         assert status(*command.split(), "--help") == 0
@@ -410,7 +416,8 @@ def test_json_has_null_where_it_has_no_number(calls: Calls, monkeypatch: pytest.
 def test_memory_is_compared_for_every_mode(calls: Calls, capsys: pytest.CaptureFixture[str]):
     assert status("compare", "memory", "--json", "-", "--micro-batch", "16", "--sequence-length", "128") == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
-    assert {row["mode"] for row in rows} == set(MODES)
+    assert {row["mode"] for row in rows} == {mode for mode in MODES if "+" not in mode}
+    assert {run.memory.recompute for run in calls.compared} == {"none", "elementwise", "block"}
     assert set(rows[0]) == {"mode", "options", "predicted", "measured"}
     assert [run.size for run in calls.compared] == ["60m"] * len(rows)
     assert {(run.batch.micro_batch, run.batch.sequence_length) for run in calls.compared} == {(16, 128)}
@@ -422,7 +429,21 @@ def test_memory_is_compared_for_every_mode(calls: Calls, capsys: pytest.CaptureF
 )
 def test_a_mode_on_chosen_layers_is_shown_on_all_too(calls: Calls, settings: list[str], layers: list[object]):
     assert status("compare", "memory", "--modes", "velora", *settings) == 0
-    assert [run.modes.velora.layers for run in calls.compared] == layers
+    kept = [run for run in calls.compared if run.memory.recompute == "none"]
+    assert [run.modes.velora.layers for run in kept] == layers
+
+
+def test_what_is_asked_of_a_memory_table_reaches_it(calls: Calls):
+    arguments = "--modes full --recompute mlp --update in_backward --devices 4 --budget 24GiB --measure --published"
+    assert status("compare", "memory", *arguments.split()) == 0
+    (run,) = calls.compared
+    assert (run.memory.recompute, run.optimizer.update) == ("mlp", "in_backward")
+    question = {"measure": True, "budget_bytes": 24 * 2**30, "any_size": False, "devices": 4, "published": True}
+    assert calls.question == {**question, "sharding": "data-parallel"}
+    assert status("compare", "memory", "--modes", "full", "--set", "memory.recompute=mlp") == 0
+    assert [run.memory.recompute for run in calls.compared] == ["mlp"]
+    assert status("compare", "memory", "--size", "any", "--budget", "8GB", "--sharding", "sharded") == 0
+    assert (calls.question["any_size"], calls.question["sharding"]) == (True, "sharded")
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])

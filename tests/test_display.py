@@ -9,6 +9,7 @@ from rich.console import Console
 
 from velora_pretrain import tables
 from velora_pretrain.display import Display, LiveDisplay, LogDisplay, make_display
+from velora_pretrain.memory_table import print_memory_rows
 from velora_pretrain.records import EvaluationRecord, TrainingRecord
 
 EVALUATION = EvaluationRecord(
@@ -239,11 +240,11 @@ def test_memory_table_shows_shared_options_once_and_small_sizes_with_more_digits
         {"mode": "full", "options": options, "predicted": PREDICTED, "measured": None},
         {"mode": "velora", "options": {**options, "layers": "all"}, "predicted": PREDICTED, "measured": PREDICTED},
     ]
-    text = rendered(tables.print_memory_rows, rows)
+    text = rendered(print_memory_rows, rows)
     assert text.count("60m") == text.count("layers all") + text.count("default") - 2 == 1
     assert (text.count("predicted"), text.count("measured"), text.count("4.00")) == (2, 1, 3)
     small = {key: value // 2**10 for key, value in PREDICTED.items()}
-    text = rendered(tables.print_memory_rows, [{**rows[0], "predicted": small}])
+    text = rendered(print_memory_rows, [{**rows[0], "predicted": small}])
     assert "0.0039" in text
 
 

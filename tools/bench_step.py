@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from velora_pretrain.config import Precision
-from velora_pretrain.memory import peak_of_step
 from velora_pretrain.nn.llama import Llama
+from velora_pretrain.step_memory import peak_of_step
 
 TRACKED_STEPS = 2
 """Steps that `peak_of_step` takes; they warm up as well as others."""

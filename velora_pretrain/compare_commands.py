@@ -21,11 +21,15 @@ from velora_pretrain.options import (
     Size,
     names_model,
     number_or_word,
+    parse_bytes,
     write_json,
 )
 
 if TYPE_CHECKING:
     from velora_pretrain.config import Run
+
+RIVALS = ("none", "elementwise", "block")
+"""What every mode can recompute, exactly: a row each in a memory table, whatever else is compared."""
 
 compare_app = typer.Typer(help="Compare training modes.")
 
@@ -37,36 +41,95 @@ def _compare() -> None:
 
 @compare_app.command("memory")
 def compare_memory(
-    size: Size = "60m",
-    modes: Annotated[str | None, typer.Option(help="Modes, with commas between; by default all.")] = None,
+    size: Annotated[
+        str | None, typer.Option(help="Model size, from 9m to 13b; with --budget also any.", metavar="SIZE")
+    ] = "60m",
+    modes: Annotated[
+        str | None, typer.Option(help="Modes, with commas between; by default all that are not two together.")
+    ] = None,
     micro_batch: MicroBatch = None,
     sequence_length: SequenceLength = None,
     precision: Precision = None,
-    recompute: Annotated[str | None, typer.Option(help="What is rebuilt in the backward pass.")] = None,
+    recompute: Annotated[
+        str | None,
+        typer.Option(
+            help="What is rebuilt in the backward pass: none, elementwise, mlp or block; by default a row each for"
+            " none, elementwise and block (gradient checkpointing)."
+        ),
+    ] = None,
+    update: Annotated[str | None, typer.Option(help="When parameters move: step or in_backward.")] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Also take the step, on random tokens.")] = False,
+    device: Annotated[str | None, typer.Option(help="Where --measure runs: auto, cpu or cuda.")] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="What fits: the largest micro-batch of each row, or with --size any the largest size.",
+            metavar="24GiB",
+        ),
+    ] = None,
+    devices: Annotated[int, typer.Option(help="Devices that share in a step.", min=1)] = 1,
+    sharding: Annotated[
+        str | None,
+        typer.Option(help="What devices share: data-parallel (the default for several), sharded or none."),
+    ] = None,
+    published: Annotated[
+        bool, typer.Option("--published", help="Also the published accountings, and what they leave out.")
+    ] = False,
     settings: Settings = None,
     json_file: Json = None,
+    plot: Annotated[Path | None, typer.Option(help="Folder for a picture of the table (PNG and SVG).")] = None,
 ) -> None:
     """Show where every byte of a training step goes, per mode, by category."""
+    if size == "any" and budget is None:
+        raise UserError("--size any: give --budget, for example --budget 24GiB")
+    if sharding not in (None, "none", "data-parallel", "sharded"):
+        raise UserError(f"--sharding {sharding}: choose from none, data-parallel, sharded")
+    from velora_pretrain.config import MODES
+
+    budget_bytes = parse_bytes("--budget", budget) if budget else None
     per_pass = number_or_word(micro_batch)
     options = {
-        "size": size,
+        "size": "9m" if size == "any" else size,
         "batch.micro_batch": per_pass,
         "batch.sequence_length": sequence_length,
         "precision": precision,
-        "memory.recompute": recompute,
+        "optimizer.update": update,
+        "device": device,
     }
     if isinstance(per_pass, int) and per_pass > 0:
-        # About the published batch, in whole micro-batches of any number.
-        options["batch.sequences"] = per_pass * max(1, 512 // per_pass)
-    runs = compared_runs(modes, options, settings or [])
+        # About the published batch, in whole micro-batches of any number and on every device.
+        options["batch.sequences"] = per_pass * devices * max(1, 512 // (per_pass * devices))
+    is_given = recompute or any(each.partition("=")[0].strip() == "memory.recompute" for each in settings or [])
+    kinds = [recompute] if is_given else RIVALS
+    modes = modes or ",".join(mode for mode in MODES if "+" not in mode)
+    lists = [compared_runs(modes, {**options, "memory.recompute": kind}, settings or []) for kind in kinds]
+    runs = [run for rivals in zip(*lists, strict=True) for run in rivals]
+    if plot is not None:
+        from velora_pretrain.plots import HOW_TO_INSTALL, has_matplotlib
+
+        if not has_matplotlib():
+            raise UserError(f"--plot {plot}: {HOW_TO_INSTALL}")
 
     from velora_pretrain.compare import memory_rows
-    from velora_pretrain.tables import print_memory_rows
+    from velora_pretrain.memory_table import print_memory_rows
 
-    rows = memory_rows(runs)
+    rows = memory_rows(
+        runs,
+        measure=measure,
+        budget_bytes=budget_bytes,
+        any_size=size == "any",
+        devices=devices,
+        sharding=sharding or ("data-parallel" if devices > 1 else "none"),  # pyright: ignore[reportArgumentType]
+        published=published,
+    )
     write_json(json_file, {"rows": rows})
     if json_file != "-":
         print_memory_rows(rows)
+    if plot is not None:
+        from velora_pretrain.memory_plot import write_memory_plot
+
+        written = write_memory_plot(rows, plot)
+        typer.echo(f"plots: {', '.join(map(str, written))}", err=json_file == "-")
 
 
 @compare_app.command("perplexity")

@@ -123,6 +123,7 @@ class Gradients:
             self._optimizer.step()
         for parameter in self._parameters:
             parameter.grad = None
+        self._norms.clear()
 
 
 def first_not_finite(model: nn.Module) -> str:

@@ -74,6 +74,11 @@ class Method:
         """The settings that tell this method's rows in a table apart."""
         return _chosen(self.run.modes.full)
 
+    @property
+    def is_published(self) -> bool:
+        """Whether its settings are those of the published runs."""
+        return set(self.options()) <= {"rank", "inner"}
+
 
 class GaLore(Method):
     """AdamW in a low-rank subspace of the gradient of every projection."""
@@ -268,6 +273,12 @@ PUBLISHED_GROUPS: dict[tuple[int, int], dict[int, int]] = {
 }
 """Sub-tokens by input width, for the hidden and MLP widths of 60m and 130m (arXiv 2405.17991, released scripts)."""
 
+PUBLISHED_MEMORY_GB: dict[str, dict[str, float]] = {
+    "60m": {"full": 1.30, "galore": 1.27, "lora": 0.86, "flora": 1.27, "velora": 1.18},
+    "130m": {"full": 2.32, "galore": 2.02, "lora": 1.24, "flora": 2.01, "velora": 1.83},
+}
+"""GPU memory in GB as published beside the perplexities (arXiv 2405.17991, pre-training table)."""
+
 METHODS: dict[str, Callable[[Run], Method]] = {
     "full": Method,
     "galore": GaLore,
@@ -322,6 +333,12 @@ class Mode:
     def memory_notes(self) -> list[str]:
         """See `Method`."""
         return [note for method in self.methods for note in method.memory_notes()]
+
+    def published_memory_gb(self) -> float | None:
+        """GPU memory in GB that was published for this size and mode, at the settings of the published runs."""
+        figures = PUBLISHED_MEMORY_GB.get(self.run.size or "", {})
+        as_published = all(method.is_published for method in self.methods)
+        return figures.get(self.run.mode) if as_published else None
 
     def options(self) -> dict[str, Any]:
         """See `Method`."""

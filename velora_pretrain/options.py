@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -40,6 +41,26 @@ def number_or_word(text: str | None) -> int | str | None:
         return None if text is None else int(text)
     except ValueError:
         return text
+
+
+_UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
+_UNITS |= {f"{letter}I": 1024**power for power, letter in enumerate("KMGT", start=1)}
+
+
+def parse_bytes(where: str, text: str) -> int:
+    """A number of bytes from 24GiB, 512 MB, 1.5g; i stands for powers of 1024.
+
+    Args:
+        where: the option, for the message.
+        text: as the user wrote it.
+
+    Raises:
+        UserError: it is no size, or none above zero.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([KMGT]?I?)B?\s*", text.upper())
+    if match is None or match[2] not in _UNITS or float(match[1]) <= 0:
+        raise UserError(f"{where} {text}: is no size; write it as 24GiB, 512MiB or 80GB")
+    return int(float(match[1]) * _UNITS[match[2]])
 
 
 def write_json(target: str | None, value: object) -> None:

@@ -32,7 +32,7 @@ HIDDEN_SHARE = 0.1
 """Share of a run, its usual warm-up, whose high losses may leave the plot at the top, so that the rest is seen."""
 MOST_POINTS = 1_000
 """Points drawn of one curve: more would only make the SVG larger."""
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.family": ["DejaVu Sans", "sans-serif"],
     "font.size": 10,
     "axes.spines.top": False,
@@ -70,19 +70,19 @@ def write_plots(
     import matplotlib
 
     looks = {row["variant"]: _look(place) for place, row in enumerate(rows)}
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figures = {
             "loss": _loss_figure({name: curve for name, curve in curves.items() if curve["tokens"]}, looks, rows),
             "perplexity_memory": _memory_figure([row for row in rows if row["learning_rate"] is not None], looks),
         }
         drawn = {name: figure for name, figure in figures.items() if figure is not None}
         try:
-            return _saved(drawn, folder)
+            return save_figures(drawn, folder)
         except OSError as error:
             raise UserError(f"{folder}: plots cannot be written there: {error.strerror}") from None
 
 
-def _saved(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
+def save_figures(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
     """Writes each figure in both formats, without what changes from day to day."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []

@@ -16,7 +16,15 @@ from velora_pretrain.setup import Prepared
 
 
 def summarise(
-    prepared: Prepared, folder: RunFolder, *, steps: int, tokens: int, seconds: float, device: str, processes: int
+    prepared: Prepared,
+    folder: RunFolder,
+    *,
+    steps: int,
+    tokens: int,
+    seconds: float,
+    device: str,
+    processes: int,
+    measured_memory: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The content of summary.json.
 
@@ -28,6 +36,7 @@ def summarise(
         seconds: wall time.
         device: where it ran.
         processes: how many took part.
+        measured_memory: what `measurement.StepMemory` measured of one step.
     """
     run, records = prepared.run, list(folder.records())
     training = [record for record in records if "loss_nats_per_token" in record]
@@ -47,6 +56,7 @@ def summarise(
         "tokens_per_second": statistics.median(record["tokens_per_second"] for record in training),
         "peak_memory_bytes": max(record["peak_memory_bytes"] for record in training),
         "predicted_memory": asdict(predicted),
+        "measured_memory": measured_memory,
         "device": device,
         "processes": processes,
         **provenance(prepared),

@@ -19,7 +19,8 @@ MEMORY_CATEGORIES = {
     "optimizer_state_bytes": "optimizer state",
     "buffers_bytes": "buffers",
     "saved_activations_bytes": "saved activations",
-    "temporaries_bytes": "loss and temporaries",
+    "loss_bytes": "loss",
+    "temporaries_bytes": "temporaries",
     "peak_bytes": "peak",
 }
 """Fields of a memory prediction or measurement, in the order shown, with their headings."""
@@ -52,44 +53,20 @@ def print_summary(summary: Mapping[str, Any], console: Console | None = None) ->
     table.add_row("peak memory", gib(summary["peak_memory_bytes"]) + " GiB measured (on a CPU: the whole process)")
     predicted = summary.get("predicted_memory")
     if predicted:
-        decimals = _decimals([predicted])
-        parts = [f"{name} {gib(predicted[key], decimals)}" for key, name in MEMORY_CATEGORIES.items() if predicted[key]]
-        table.add_row("predicted, in GiB", ", ".join(parts))
+        decimals = decimals_of([predicted])
+        table.add_row("predicted, in GiB", _memory_parts(predicted, decimals))
+        measured = summary.get("measured_memory") or {}
+        if "peak_bytes" in measured:
+            table.add_row("measured, in GiB", _memory_parts(measured, decimals) + " (one step, by the same accounting)")
+        elif measured:
+            allocated, reserved = (gib(measured[f"{key}_peak_bytes"], decimals) for key in ("allocated", "reserved"))
+            table.add_row("measured, in GiB", f"allocated {allocated}, reserved {reserved} (peaks of one step)")
     table.add_row("speed", f"{summary['tokens_per_second']:,.0f} tokens/s (median step)")
     elapsed = timedelta(seconds=round(summary["seconds"]))
     table.add_row("trained", f"{summary['steps']:,} steps, {summary['tokens']:,} tokens, {elapsed}")
     table.add_row("data", Text(str(summary["data"])))
     table.add_row("run folder", Text(str(summary["run_dir"])))
     (console or output_console()).print(table)
-
-
-def print_memory_rows(rows: Sequence[Mapping[str, Any]], console: Console | None = None) -> None:
-    """Prints memory by category, one line per mode and option set, predicted and, where there is one, measured.
-
-    Args:
-        rows: as `compare memory` gives them in JSON.
-        console: where to; standard output by default.
-    """
-    common = _common([row["options"] for row in rows])
-    table = Table(title=f"Memory of a training step in GiB: {_words(common)}", title_justify="left")
-    table.add_column("mode")
-    table.add_column("options")
-    table.add_column("")
-    for name in MEMORY_CATEGORIES.values():
-        table.add_column(name, justify="right")
-    decimals = _decimals([row[kind] for row in rows for kind in ("predicted", "measured") if row[kind]])
-    for row in rows:
-        own = {key: value for key, value in row["options"].items() if key not in common}
-        for kind in ("predicted", "measured"):
-            if row[kind]:
-                figures = [gib(row[kind][key], decimals) for key in MEMORY_CATEGORIES]
-                table.add_row(row["mode"], _words(own) or "default", kind, *figures)
-    console = console or output_console()
-    console.print(table)
-    for row in rows:
-        own = _words({key: value for key, value in row["options"].items() if key not in common}) or "default"
-        for note in row.get("notes", ()):
-            console.print(f"{row['mode']}, {own}: {note}", markup=False, highlight=False)
 
 
 def print_perplexity(result: Mapping[str, Any], console: Console | None = None) -> None:
@@ -123,7 +100,7 @@ def _best_rates_table(rows: Sequence[Mapping[str, Any]], shared: Mapping[str, An
         title_justify="left",
     )
     table.add_column("variant", overflow="fold")
-    own = [_words(_unlabelled(row)) for row in rows]
+    own = [words(_unlabelled(row)) for row in rows]
     if any(own):
         table.add_column("other settings", overflow="fold")
     baseline = shared["baseline"] or "the baseline"
@@ -137,12 +114,12 @@ def _best_rates_table(rows: Sequence[Mapping[str, Any]], shared: Mapping[str, An
     ):
         table.add_column(name, justify="right")
     peaks = [row["peak_memory_bytes"] for row in rows]
-    decimals = _decimals([{"peak_bytes": value} for peak in peaks for value in peak.values() if value is not None])
-    for row, words in zip(rows, own, strict=True):
+    decimals = decimals_of([{"peak_bytes": value} for peak in peaks for value in peak.values() if value is not None])
+    for row, settings in zip(rows, own, strict=True):
         memory = [None if peak is None else gib(peak, decimals) for peak in row["peak_memory_bytes"].values()]
         table.add_row(
             row["variant"],
-            *([words] if any(own) else []),
+            *([settings] if any(own) else []),
             "none" if row["learning_rate"] is None else f"{row['learning_rate']:g}",
             _spread(row["perplexity_mean"], row["perplexity_sd"], seeds),
             "" if row["variant"] == shared["baseline"] else _gap(row, seeds),
@@ -218,7 +195,7 @@ def gib(size_bytes: int, decimals: int = 2) -> str:
     return f"{size_bytes / GIB:.{decimals}f}"
 
 
-def _decimals(uses: Sequence[Mapping[str, int]]) -> int:
+def decimals_of(uses: Sequence[Mapping[str, int]]) -> int:
     """Two decimals, or four where even the peaks are below one GiB and two would show nothing."""
     return 2 if max((use["peak_bytes"] for use in uses), default=GIB) >= GIB else 4
 
@@ -234,6 +211,10 @@ def _add_evaluation(table: Table, fields: Mapping[str, Any]) -> None:
     table.add_row("bits per byte", _figure(fields["bits_per_byte"], 4))
 
 
+def _memory_parts(use: Mapping[str, Any], decimals: int) -> str:
+    return ", ".join(f"{name} {gib(use[key], decimals)}" for key, name in MEMORY_CATEGORIES.items() if use.get(key))
+
+
 def _figure(value: float | None, decimals: int) -> str:
     """A number; records have None for one that is not finite."""
     return "not finite" if value is None else f"{value:.{decimals}f}"
@@ -246,11 +227,12 @@ def _grid() -> Table:
     return table
 
 
-def _common(options: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def common_options(options: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The options that all rows share, with the same value."""
     first = dict(options[0]) if options else {}
     return {key: value for key, value in first.items() if all(other.get(key) == value for other in options)}
 
 
-def _words(options: Mapping[str, Any]) -> str:
+def words(options: Mapping[str, Any]) -> str:
+    """Options on one line."""
     return ", ".join(f"{key} {value}" for key, value in options.items())

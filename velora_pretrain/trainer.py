@@ -24,12 +24,13 @@ from torch import Tensor, nn
 from velora_pretrain import checkpoint
 from velora_pretrain.config import Run
 from velora_pretrain.data.loader import Batch, TrainLoader, evaluation_batches
-from velora_pretrain.devices import WEIGHT_DTYPES, autocast, peak_memory_bytes
+from velora_pretrain.devices import WEIGHT_DTYPES, autocast
 from velora_pretrain.display import Display
 from velora_pretrain.distributed import all_reduce, data_parallel, start_processes
 from velora_pretrain.errors import UserError
 from velora_pretrain.evaluation import EVALUATION_MICRO_BATCH, EVALUATION_SEQUENCES, evaluate
 from velora_pretrain.gradients import Gradients, first_not_finite
+from velora_pretrain.measurement import MEASURED_STEP, StepMemory
 from velora_pretrain.modes import build_mode
 from velora_pretrain.nn.llama import Llama
 from velora_pretrain.optim.schedule import lr_multiplier
@@ -88,6 +89,7 @@ class Trainer:
         self.gradients = Gradients(
             self.model, self.optimizer, in_backward=self.in_backward, are_exchanged=are_exchanged
         )
+        self.step_memory = StepMemory(self.model, self.optimizer, self.device)
         if self.prepared.checkpoint:
             checkpoint.restore(self.prepared.checkpoint, model=self.model, optimizer=self.optimizer)
             display.note(f"going on from {self.prepared.checkpoint}")
@@ -146,8 +148,10 @@ class Trainer:
             # A run that was stopped during an evaluation does it first.
             if not self._evaluate_if_due():
                 raise self._interrupted()
+            measured_step = min(self.done_steps + MEASURED_STEP, run.steps)
             while self.done_steps < run.steps:
-                is_stopped, is_due = self._step(loader)
+                with self.step_memory.watch(is_due=self.done_steps + 1 == measured_step):
+                    is_stopped, is_due = self._step(loader)
                 is_stopped = not self._evaluate_if_due() or is_stopped
                 is_last = self.done_steps == run.steps
                 is_due = is_due or is_last or _is_multiple(self.done_steps, run.checkpoint.every_steps)
@@ -164,6 +168,7 @@ class Trainer:
             seconds=self.seconds,
             device=str(self.device),
             processes=self.accelerator.num_processes,
+            measured_memory=self.step_memory.measured,
         )
         if self.accelerator.is_main_process:
             self.folder.write_summary(summary)
@@ -227,7 +232,7 @@ class Trainer:
             learning_rate=run.lr * multiplier,
             grad_norm=grad_norm,
             tokens_per_second=batch.num_input_tokens / (time.monotonic() - began),
-            peak_memory_bytes=peak_memory_bytes(self.device),
+            peak_memory_bytes=self.step_memory.peak_memory_bytes,
             data_wait_seconds=loader.wait_seconds - waited,
             **shares,
         )
