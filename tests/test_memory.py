@@ -160,7 +160,8 @@ def test_the_largest_tensors_are_named(tiny_run: Callable[..., Any], mode: str, 
     use = predict_memory(run, 1, accumulates=accumulates)
     origins = {group.origin: group for group in use.largest_at_peak if group.category == "weights"}
     assert origins["model.embed_tokens.weight"].total_bytes == 4 * 128 * 32
-    assert origins["model.layers.*.mlp.up_proj.weight"].count == 2
+    assert origins["lm_head.weight"].count == 1
+    assert any(group.category == "saved_activations" and group.count % 2 == 0 for group in use.largest_at_peak)
     assert (use.gradients_bytes > 0) == (accumulates or use.peak_moment != "forward")
 
 
@@ -173,13 +174,17 @@ def test_torch_s_own_tracker_finds_the_same_total(tiny_run: Callable[..., Any]) 
     model = Llama(run.llama, seed=0)
     optimizer = build_mode(run).build_optimizer(model)
     tokens = torch.zeros(64, 32, dtype=torch.int64)
+
+    def step() -> None:
+        model(tokens, tokens).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
     theirs = MemTracker()
     theirs.track_external(model, optimizer, tokens)
-    for _ in range(2):
-        with theirs:
-            model(tokens, tokens).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+    with theirs:
+        step()
     peak = theirs.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
     assert peak == pytest.approx(ours["peak_bytes"], rel=0.01)
 
