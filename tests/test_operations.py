@@ -45,8 +45,8 @@ SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"
 def test_a_step_of_full_rank_and_of_compressed_layers_by_hand(layers: object) -> None:
     options = {"size": "60m", "mode": "velora" if layers else "full", "batch.sequences": 6, "batch.micro_batch": 2}
     settings = [f"modes.velora.layers={list(layers) if layers != 'all' else 'all'!r}"] if layers else []
-    run = resolve(None, {**options, "batch.sequence_length": 100}, settings)
-    tokens, d, i, blocks = 600, 512, 1376, 8
+    run = resolve(None, {**options, "batch.sequence_length": 100, "model.num_hidden_layers": 2}, settings)
+    tokens, d, i, blocks = 600, 512, 1376, 2
     sizes = {"gate_proj": (d, i), "up_proj": (d, i), "down_proj": (i, d)}
     kept = set(run.modes.velora.projections) if layers else set()
     block = 0
@@ -64,8 +64,9 @@ def test_a_step_of_full_rank_and_of_compressed_layers_by_hand(layers: object) ->
     assert operations_of(run) == blocks * block + head + attention
 
 
-@pytest.mark.parametrize(("size", "limit"), [("130m", 1.30), ("350m", 1.37)])
-def test_the_limits_that_the_design_counts(size: str, limit: float) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "limit"), [("130m", 1.30), ("350m", 1.38)])
+def test_the_limits_of_compressing_all_projections(size: str, limit: float) -> None:
     def operations(**options: object) -> int:
         batch = {"batch.sequences": 4, "batch.micro_batch": 4, "batch.sequence_length": 256}
         return operations_of(resolve(None, {"size": size, **batch, **options}, []))
@@ -75,10 +76,10 @@ def test_the_limits_that_the_design_counts(size: str, limit: float) -> None:
 
 
 def test_products_of_the_optimizer_are_counted_too() -> None:
-    batch = {"size": "9m", "batch.sequences": 1, "batch.micro_batch": 1, "batch.sequence_length": 64}
+    batch = {"size": "9m", "batch.sequences": 1, "batch.micro_batch": 1, "model.num_hidden_layers": 1}
     more = operations_of(resolve(None, {**batch, "mode": "galore"}, [])) - operations_of(resolve(None, batch, []))
-    # G Pᵀ and N P, 2 M D r each, of the seven projections of four blocks
-    assert more == 4 * (2 * 2 * 32) * (4 * 128 * 128 + 3 * 128 * 352)
+    # G Pᵀ and N P, 2 M D r each, of the seven projections of a block
+    assert more == (2 * 2 * 32) * (4 * 128 * 128 + 3 * 128 * 352)
 
 
 def test_the_rate_of_products_is_sampled() -> None:

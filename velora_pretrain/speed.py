@@ -21,7 +21,7 @@ from velora_pretrain.memory import MemoryUse
 from velora_pretrain.modes import build_mode
 from velora_pretrain.operations import GemmRate, Shape
 from velora_pretrain.prediction import USABLE_SHARE, free_memory_bytes, predict_memory
-from velora_pretrain.timing import Contender, Measured, StepTimes, measure, spread, warm_up
+from velora_pretrain.timing import Contender, Measured, figures_of, measure, spread, warm_up
 
 PUBLISHED_BATCH_TOKENS = 2**17
 """Tokens of an optimizer step in the published runs: 512 sequences of 256."""
@@ -79,7 +79,9 @@ def compare_speed(
     gemm = GemmRate(gemm_shapes(first), dtype=_product_dtype(first), device=device)
     measured = measure(names, build, rounds=rounds, blocks=blocks, beside=lambda index: gemm.sample())
     baseline = next((name for name, e in zip(names, entries, strict=True) if e.run.mode == "full"), names[0])
-    model_operations = operations_of(_full_rank(first))
+    model_operations = next(
+        (measured[name].operations for name, e in zip(names, entries, strict=True) if _is_plain(e.run)), None
+    ) or operations_of(_full_rank(first))
     rows = [
         {
             "mode": entry.run.mode,
@@ -124,30 +126,6 @@ def fit_together(entries: Sequence[Entry], uses: Sequence[MemoryUse], free_bytes
         # Each pace has an optimizer of its own.
         kept_bytes += kept + len(build_mode(entry.run).periods()) * use.optimizer_state_bytes
     return kept_bytes + largest_bytes <= USABLE_SHARE * free_bytes
-
-
-def figures_of(measured: Measured, baseline: Measured) -> dict[str, Any]:
-    """What the steps of one contender say, alone and beside the baseline's."""
-    steps, rates = measured.amortised_steps, measured.rates
-    return {
-        "tokens_per_second": statistics.median(rates),
-        "tokens_per_second_samples": rates,
-        **{key: spread([getattr(step, key) for step in steps]) for key in StepTimes.__dataclass_fields__},
-        "rare_work": [
-            {
-                "period_steps": work.period_steps,
-                "seconds": spread([times.wall_seconds for times in work.times]),
-                "share_of_step": statistics.median(times.wall_seconds for times in work.times)
-                / work.period_steps
-                / statistics.median(step.wall_seconds for step in steps),
-            }
-            for work in measured.rare
-        ],
-        "matmul_operations": measured.amortised_operations,
-        "wall_speed_ratio": spread(measured.ratios(baseline, "wall_seconds")),
-        "cpu_speed_ratio": spread(measured.ratios(baseline, "cpu_seconds")),
-        "matmul_limit_ratio": baseline.amortised_operations / measured.amortised_operations,
-    }
 
 
 def _utilisation(measured: Measured, model_operations: int, operations_per_second: float) -> dict[str, float]:
@@ -203,11 +181,13 @@ def _accumulates(run: Run) -> bool:
 
 
 def _full_rank(run: Run) -> Run:
-    memory, optimizer = (
-        run.memory.model_copy(update={"recompute": "none"}),
-        run.optimizer.model_copy(update={"update": "step", "state_bits": 32}),
-    )
-    return run.model_copy(update={"mode": "full", "memory": memory, "optimizer": optimizer})
+    memory = run.memory.model_copy(update={"recompute": "none"})
+    return run.model_copy(update={"mode": "full", "memory": memory})
+
+
+def _is_plain(run: Run) -> bool:
+    """Whether the products of a step are those that the model needs, and no others."""
+    return run.mode == "full" and run.memory.recompute == "none"
 
 
 def _product_dtype(run: Run) -> torch.dtype:

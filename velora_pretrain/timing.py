@@ -315,3 +315,27 @@ def spread(values: Sequence[float]) -> dict[str, float]:
         return dict.fromkeys(("median", "lower_quartile", "upper_quartile"), values[0])
     lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
     return {"median": median, "lower_quartile": lower, "upper_quartile": upper}
+
+
+def figures_of(measured: Measured, baseline: Measured) -> dict[str, Any]:
+    """What the steps of one contender say, alone and beside the baseline's."""
+    steps, rates = measured.amortised_steps, measured.rates
+    return {
+        "tokens_per_second": statistics.median(rates),
+        "tokens_per_second_samples": rates,
+        **{key: spread([getattr(step, key) for step in steps]) for key in StepTimes.__dataclass_fields__},
+        "rare_work": [
+            {
+                "period_steps": work.period_steps,
+                "seconds": spread([times.wall_seconds for times in work.times]),
+                "share_of_step": statistics.median(times.wall_seconds for times in work.times)
+                / work.period_steps
+                / statistics.median(step.wall_seconds for step in steps),
+            }
+            for work in measured.rare
+        ],
+        "matmul_operations": measured.amortised_operations,
+        "wall_speed_ratio": spread(measured.ratios(baseline, "wall_seconds")),
+        "cpu_speed_ratio": spread(measured.ratios(baseline, "cpu_seconds")),
+        "matmul_limit_ratio": baseline.amortised_operations / measured.amortised_operations,
+    }
