@@ -83,8 +83,25 @@ class _Current:
     def __init__(self, pace: Pace) -> None:
         self.pace = pace
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.pace.optimizer, name)
+    @property
+    def state(self) -> Mapping[Any, dict[str, Any]]:
+        return self.pace.optimizer.state
+
+    @property
+    def accumulates(self) -> bool:
+        return self.pace.optimizer.accumulates
+
+    def accumulate(self, parameter: Tensor) -> None:
+        self.pace.optimizer.accumulate(parameter)
+
+    def gradient(self, parameter: Tensor) -> Tensor | None:
+        return self.pace.optimizer.gradient(parameter)
+
+    def step_parameter(self, parameter: Tensor) -> None:
+        self.pace.optimizer.step_parameter(parameter)
+
+    def step(self) -> None:
+        self.pace.optimizer.step()
 
 
 @dataclass(kw_only=True)
@@ -109,8 +126,7 @@ class Contender:
 
     def __post_init__(self) -> None:
         self._current = _Current(self.pace)
-        optimizer: Any = self._current
-        self.gradients = Gradients(self.model, optimizer, in_backward=self.in_backward)
+        self.gradients = Gradients(self.model, self._current, in_backward=self.in_backward)
 
     def at(self, pace: Pace) -> Pace:
         """Goes on at this pace."""
@@ -208,7 +224,7 @@ class Measured:
     @property
     def amortised_operations(self) -> float:
         """The same of the operations."""
-        return self.operations + sum(work.operations / work.period_steps for work in self.rare)
+        return self.operations + sum((work.operations / work.period_steps for work in self.rare), 0.0)
 
     @property
     def rates(self) -> list[float]:
