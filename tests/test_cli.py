@@ -146,6 +146,9 @@ def mistake(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("compare", ["command"]),
         ("compare memory --modes full,velra", ["mode: ", "'velra'"]),
         ("compare memory --size 61m", ["size: '61m' is not a size"]),
+        ("compare speed --modes full,velra", ["'velra'", "did you mean"]),
+        ("compare speed --modes velora[layer=all]", ["modes.velora.layer: no such key"]),
+        ("compare speed --steps 0", ["--steps", "1"]),
         ("compare memory --recompute all", ["memory.recompute: ", "'all'"]),
         ("compare memory --update later", ["optimizer.update: ", "'later'"]),
         ("compare memory --budget much", ["--budget much: is no size"]),
@@ -170,6 +173,8 @@ def test_a_mistake_is_one_line_and_status_2(
         "train --help",
         "eval checkpoint --help",
         "compare memory --help",
+        "compare speed --help",
+        "compare speed --modes full,velra",
         "train --size 61m",
         "train --size 60m --mode velora --set modes.velora.num_groups.v_proj=5",
         "train --recipe none",
@@ -227,6 +232,7 @@ def test_the_options_that_stay_are_there(capsys: pytest.CaptureFixture[str], mon
         " run-dir resume set",
         "eval checkpoint": "data tokens device json",
         "compare memory": "size modes micro-batch sequence-length precision recompute update measure budget set json",
+        "compare speed": "size modes micro-batch sequence-length precision recompute steps device set json",
     }
     for command, options in names.items():
         assert status(*command.split(), "--help") == 0
@@ -455,3 +461,33 @@ def test_a_reader_that_goes_away_is_no_traceback(tmp_path: Path, unbuffered: str
         ["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path, env=environment, check=True
     )
     assert done.stderr == ""
+
+
+def test_speed_is_timed_for_every_mode_and_for_modes_with_settings(monkeypatch: pytest.MonkeyPatch, calls: Calls):
+    timed: dict[str, Run] = {}
+
+    def compare(entries: list[Any], *, rounds: int, note: Any) -> dict[str, Any]:
+        timed.update({entry.label: entry.run for entry in entries})
+        return {"rows": [], "rounds": rounds}
+
+    module = types.ModuleType("velora_pretrain.speed")
+    vars(module).update(compare_speed=compare, Entry=types.SimpleNamespace)
+    monkeypatch.setitem(sys.modules, "velora_pretrain.speed", module)
+    assert status("compare", "speed", "--steps", "3", "--json", "out.json", "--micro-batch", "12", "--json", "-") == 0
+    assert set(MODES) < set(timed)
+    assert {label for label in timed if "[" in label} == {
+        "velora[layers=all]",
+        *(f"{mode}[velora.layers=all]" for mode in MODES if mode.endswith("+velora")),
+    }
+    assert timed["velora"].modes.velora.layers == ("v_proj", "down_proj")
+    assert timed["velora[layers=all]"].modes.velora.layers == "all"
+    assert {(run.batch.sequences, run.batch.micro_batch, run.data, run.packing) for run in timed.values()} == {
+        (12, 12, "sample", "pack")
+    }
+    timed.clear()
+    modes = "full,galore[rank=8],velora[update=projected]"
+    settings = ["--set", "batch.sequences=24", "--set", "packing=pad"]
+    assert status("compare", "speed", "--modes", modes, "--micro-batch", "12", "--json", "-", *settings) == 0
+    assert list(timed) == ["full", "galore[rank=8]", "velora[update=projected]"]
+    assert timed["galore[rank=8]"].modes.galore.rank == 8
+    assert (timed["full"].batch.sequences, timed["full"].packing) == (24, "pad")

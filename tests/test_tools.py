@@ -55,6 +55,11 @@ def test_bench_step_times_every_contender(tmp_path: Path, capsys: pytest.Capture
     assert rows["full"]["wall_speed_ratio"]["median"] == 1.0
     assert rows["velora-all"]["matmul_limit_ratio"] > rows["velora"]["matmul_limit_ratio"] > 1.0
     assert rows["straightforward-velora"]["matmul_limit_ratio"] < 1.0
+    assert [work["period_steps"] for work in rows["galore-torch"]["rare_work"]] == [200]
+    # Their model asks for the products that ours asks for.
+    assert rows["transformers"]["matmul_operations"] == rows["full"]["matmul_operations"]
+    # Adapters save dW of the projections and add their own products.
+    assert rows["peft-lora"]["matmul_operations"] == rows["lora"]["matmul_operations"]
     shown = capsys.readouterr().out
     assert "interleaved" in shown
     assert "velora-all" in shown
@@ -74,20 +79,6 @@ def test_a_baseline_that_does_not_run_is_refused() -> None:
 
     with pytest.raises(SystemExit):
         bench_step.main([*runs.MODEL_STEP, "--contenders", "full", "--baseline", "velora"])
-
-
-def test_matmul_operations_by_hand() -> None:
-    from contenders import Work, matmul_operations
-
-    work = Work(size="60m", micro_batch_sequences=2, sequence_length=100, accumulation=3)
-    tokens, d, i, layers = 600, 512, 1376, 8
-    linears = layers * (4 * d * d + 3 * d * i) + 32_000 * d
-    attention = 7 * tokens * 100 * d * layers
-    assert matmul_operations("full", work) == 6 * tokens * linears + attention
-    # The published sub-tokens: 64 of width 8, and 86 of width 16; o_proj has its own direction, q, k and v share one.
-    kept = layers * (4 * d * d // 8 + 2 * d // 8 * i + i // 16 * d) + 32_000 * d
-    compressing = layers * (3 * d + i)
-    assert matmul_operations("velora-all", work) == 2 * tokens * (2 * linears + kept + compressing) + attention
 
 
 def test_the_straightforward_velora_computes_our_gradients() -> None:
@@ -188,3 +179,26 @@ def test_bench_subspace_holds_the_finder_against_the_full_svd(tmp_path: Path) ->
         assert set(shares) == {"svd", "gram", "randomised"}
         assert shares["gram"] == pytest.approx(1.0, abs=1e-5)
         assert 0.99 <= shares["randomised"] < 1 + 1e-5
+
+
+def test_bench_growth_holds_time_and_bytes_against_theory(
+    tmp_path: Path, tiny_data: Path, tiny_tokenizer: Path
+) -> None:
+    import bench_growth
+
+    assert bench_growth.slope([1, 2, 4], [3, 12, 48]) == pytest.approx(2.0)
+    arguments = [*SETTINGS, f"--set=data={tiny_data}", f"--set=tokenizer={tiny_tokenizer}", "--modes=full"]
+    arguments += ["--size=", "--sizes", "--micro-batches", "1", "2", "--sequence-lengths", "16", "--rounds=2"]
+    arguments += ["--micro-batch=1", "--sequence-length=16", "--threads=1", f"--plot={tmp_path / 'plots'}"]
+    content = figures("bench_growth", tmp_path / "growth.json", *arguments)
+    assert [(row["axis"], row["x"]) for row in content["rows"]] == [
+        ("micro_batch", 1),
+        ("micro_batch", 2),
+        ("sequence_length", 16),
+    ]
+    # One point along an axis has no slope; products are in proportion to the sequences.
+    (slopes,) = content["slopes"]
+    assert slopes["axis"] == "micro_batch"
+    assert slopes["matmul_operations"] == pytest.approx(1.0)
+    assert 0 < slopes["theory_bytes"] < 1
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {"growth.png", "growth.svg"}

@@ -1,10 +1,10 @@
 """Speed of a training step, side by side: transformers, the tool's modes, and VeLoRA written in the obvious way.
 
 contenders.py says what they are. A step is what a trainer does between two batches (forward pass and loss, backward
-pass, optimizer, gradients dropped) on random tokens without padding, from the same weights. They take turns, one step
-each per round, in an order that rotates, so that a machine whose speed drifts treats them alike. A ratio is the
-baseline's time over the contender's, taken in each round; shown are its median and quartiles. Beside it stands what the
-matrix products alone would give: the operations of the baseline over those of the contender.
+pass, optimizer, gradients dropped) on random tokens without padding, from the same weights; velora_pretrain/timing.py
+says how it is timed, as `compare speed` does. A ratio is the baseline's time over the contender's, taken in each round;
+shown are its median and quartiles. Work that is done once in many steps is in it by its share. Beside it stands what
+the matrix products alone would give: the operations of the baseline over those of the contender.
 
 Forward and backward are to be read together: the tool's loss makes its gradient in the forward pass.
 
@@ -16,116 +16,37 @@ from __future__ import annotations
 
 import argparse
 import gc
-import statistics
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
-from contenders import CONTENDERS, Contender, Work, build, matmul_operations
-from figures import MIB, environment, environment_line, spread, wide_console, with_quartiles, write_json
+from contenders import CONTENDERS, AnyOptimizer, Work, build
+from figures import MIB, environment, environment_line, wide_console, with_quartiles, write_json
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer
 
+from velora_pretrain import timing
 from velora_pretrain.config import Precision
 from velora_pretrain.nn.llama import Llama
 from velora_pretrain.step_memory import peak_of_step
-
-TRACKED_STEPS = 2
-"""Steps that `peak_of_step` takes; they warm up as well as others."""
+from velora_pretrain.timing import Contender
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepTimes:
-    """Seconds of one step. The parts add up to the wall time but for the waiting for the device."""
+@dataclass(kw_only=True)
+class Prepared:
+    """A contender that is warmed up, and what was seen of it meanwhile."""
 
-    wall_seconds: float
-    cpu_seconds: float
-    """Of the process, all threads."""
-    forward_seconds: float
-    backward_seconds: float
-    optimizer_seconds: float
+    contender: Contender
+    first_loss_nats_per_token: float
+    peak_bytes: int
 
 
-def synchronise(device: str) -> None:
-    """Waits for the device."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-class _Marks:
-    """Moments of a step on the device's own clock, each ending a named part."""
-
-    def __init__(self, device: str) -> None:
-        self._device = device
-        self._moments: list[tuple[str, Any]] = []
-        self.note("")
-
-    def note(self, part: str) -> None:
-        moment: Any = time.perf_counter()
-        if self._device == "cuda":
-            moment = torch.cuda.Event(enable_timing=True)
-            moment.record()
-        self._moments.append((part, moment))
-
-    def seconds(self, part: str) -> float:
-        pairs = zip(self._moments, self._moments[1:], strict=False)
-        if self._device == "cuda":
-            return sum(begin.elapsed_time(end) for (_, begin), (name, end) in pairs if name == part) / 1e3
-        return sum(end - begin for (_, begin), (name, end) in pairs if name == part)
-
-
-def take_step(contender: Contender, work: Work, micro_batches: Sequence[tuple[Tensor, Tensor]]) -> StepTimes:
-    """One training step, timed."""
-    synchronise(work.device)
-    began_wall, began_cpu = time.perf_counter(), time.process_time()
-    marks = _Marks(work.device)
-    for micro_batch in micro_batches:
-        loss = contender.loss(*micro_batch)
-        marks.note("forward")
-        loss.backward()
-        marks.note("backward")
-    if work.grad_norm:
-        nn.utils.get_total_norm([p.grad for p in contender.model.parameters() if p.grad is not None])
-    contender.optimizer.step()
-    contender.optimizer.zero_grad()
-    marks.note("optimizer")
-    synchronise(work.device)
-    return StepTimes(
-        wall_seconds=time.perf_counter() - began_wall,
-        cpu_seconds=time.process_time() - began_cpu,
-        forward_seconds=marks.seconds("forward"),
-        backward_seconds=marks.seconds("backward"),
-        optimizer_seconds=marks.seconds("optimizer"),
-    )
-
-
-class AnyOptimizer:
-    """An optimizer of PyTorch's kind as memory accounting asks for it: dense gradients, stepped together."""
-
-    accumulates = False
-
-    def __init__(self, optimizer: Optimizer) -> None:
-        self.state, self.step = optimizer.state, optimizer.step
-
-    def accumulate(self, parameter: Tensor) -> None:
-        """Leaves the gradient where it is."""
-
-    def gradient(self, parameter: Tensor) -> Tensor | None:
-        """The dense one."""
-        return parameter.grad
-
-    def step_parameter(self, parameter: Tensor) -> None:
-        """Is not asked for: nothing is stepped in the backward pass."""
-        raise NotImplementedError
-
-
-def prepare(name: str, work: Work, initial: Llama, warmup_steps: int) -> Contender:
-    """Builds a contender, takes its first loss, warms it up and measures the peak memory of its step.
+def prepare(
+    name: str, work: Work, initial: Llama, warmup_steps: int, measured: timing.Measured | None = None
+) -> Prepared:
+    """Builds a contender, takes its first loss, measures the peak memory of its step and warms it up.
 
     The peak is of this contender alone: on CUDA the allocator's, less what others held before it was built; on a CPU
     that of `velora_pretrain.memory`.
@@ -137,21 +58,19 @@ def prepare(name: str, work: Work, initial: Llama, warmup_steps: int) -> Contend
         gc.collect()
         before_bytes = torch.cuda.memory_allocated()
     contender = build(name, work, initial, micro_batches)
+    losses = [lambda m=micro_batch: contender.loss(m[0], m[1], work.num_targets) for micro_batch in micro_batches]
     with torch.no_grad():
-        first = [contender.loss(*micro_batch).double() for micro_batch in micro_batches]
-    contender.first_loss_nats_per_token = torch.stack(first).sum().item()
+        first_loss = torch.stack([loss().double() for loss in losses]).sum().item()
     if work.device == "cuda":
-        for _ in range(max(1, warmup_steps)):
-            take_step(contender, work, micro_batches)
+        for _ in range(2):
+            timing.take_step(contender)
         torch.cuda.reset_peak_memory_stats()
-        take_step(contender, work, micro_batches)
-        contender.peak_bytes = torch.cuda.max_memory_allocated() - before_bytes
-        return contender
-    losses = [lambda micro_batch=micro_batch: contender.loss(*micro_batch) for micro_batch in micro_batches]
-    contender.peak_bytes = peak_of_step(contender.model, AnyOptimizer(contender.optimizer), losses).peak_bytes
-    for _ in range(warmup_steps - TRACKED_STEPS):
-        take_step(contender, work, micro_batches)
-    return contender
+        timing.take_step(contender)
+        peak_bytes = torch.cuda.max_memory_allocated() - before_bytes
+    else:
+        peak_bytes = peak_of_step(contender.model, AnyOptimizer(contender.pace.optimizer), losses).peak_bytes
+    timing.warm_up(contender, measured or timing.Measured(name=name), warmup_steps)
+    return Prepared(contender=contender, first_loss_nats_per_token=first_loss, peak_bytes=peak_bytes)
 
 
 def _allocate_workspaces() -> None:
@@ -166,8 +85,7 @@ def _allocate_workspaces() -> None:
 class Measurement:
     """What was seen of one contender."""
 
-    name: str
-    steps: list[StepTimes]
+    times: timing.Measured
     first_loss_nats_per_token: float = 0.0
     peak_bytes: int = 0
 
@@ -185,69 +103,29 @@ def measure(
         blocks: 0 keeps all contenders at once and alternates steps; else each is built anew for each of so many blocks
             of rounds.
     """
-    measured = {name: Measurement(name=name, steps=[]) for name in names}
-    initial = Llama(work.run_of(names[0]).llama, seed=0)
+    initial, prepared = Llama(work.run_of(names[0]).llama, seed=0), {}
 
-    def ready(name: str) -> Contender:
-        contender = prepare(name, work, initial, warmup_steps)
-        measured[name].first_loss_nats_per_token = contender.first_loss_nats_per_token
-        measured[name].peak_bytes = contender.peak_bytes
-        return contender
+    def ready(name: str, measured: timing.Measured) -> Contender:
+        done = prepare(name, work, initial, warmup_steps, measured)
+        prepared[name] = {"first_loss_nats_per_token": done.first_loss_nats_per_token, "peak_bytes": done.peak_bytes}
+        return done.contender
 
-    def time_round(contenders: Mapping[str, Contender], index: int) -> None:
-        micro_batches = work.micro_batches(initial.config.vocab_size, seed=1 + index)
-        for name in _rotated([name for name in names if name in contenders], index):
-            measured[name].steps.append(take_step(contenders[name], work, micro_batches))
-
-    if not blocks:
-        contenders = {name: ready(name) for name in names}
-        for index in range(rounds):
-            time_round(contenders, index)
-    for block in range(blocks):
-        for name in _rotated(names, block):
-            contenders = {name: ready(name)}
-            for index in range(block * rounds // blocks, (block + 1) * rounds // blocks):
-                time_round(contenders, index)
-            del contenders
-            gc.collect()
-    return list(measured.values())
+    measured = timing.measure(names, ready, rounds=rounds, blocks=blocks)
+    return [Measurement(times=measured[name], **prepared[name]) for name in names]
 
 
-def _rotated(names: Sequence[str], by: int) -> list[str]:
-    by %= len(names)
-    return [*names[by:], *names[:by]]
-
-
-def rows_of(measured: Sequence[Measurement], work: Work, baseline: str) -> list[dict[str, Any]]:
+def rows_of(measured: Sequence[Measurement], baseline: str) -> list[dict[str, Any]]:
     """One row per contender: times, speed, memory, and its ratios to the baseline."""
-    reference = next(m for m in measured if m.name == baseline)
-    reference_operations = matmul_operations(baseline, work)
-    rows = []
-    for one in measured:
-        columns = {key: [getattr(step, key) for step in one.steps] for key in StepTimes.__dataclass_fields__}
-        ratios = {
-            key: [
-                getattr(base, key) / getattr(step, key) for base, step in zip(reference.steps, one.steps, strict=True)
-            ]
-            for key in ("wall_seconds", "cpu_seconds")
+    reference = next(one.times for one in measured if one.times.name == baseline)
+    return [
+        {
+            "contender": one.times.name,
+            **timing.figures_of(one.times, reference),
+            "peak_bytes": one.peak_bytes,
+            "first_loss_nats_per_token": one.first_loss_nats_per_token,
         }
-        operations = matmul_operations(one.name, work)
-        rates = [work.step_tokens / seconds for seconds in columns["wall_seconds"]]
-        rows.append(
-            {
-                "contender": one.name,
-                "tokens_per_second": statistics.median(rates),
-                "tokens_per_second_samples": rates,
-                **{key: spread(values) for key, values in columns.items()},
-                "wall_speed_ratio": spread(ratios["wall_seconds"]),
-                "cpu_speed_ratio": spread(ratios["cpu_seconds"]),
-                "matmul_limit_ratio": reference_operations / operations,
-                "matmul_operations": operations,
-                "peak_bytes": one.peak_bytes,
-                "first_loss_nats_per_token": one.first_loss_nats_per_token,
-            }
-        )
-    return rows
+        for one in measured
+    ]
 
 
 def print_rows(rows: Sequence[Mapping[str, Any]], title: str, baseline: str, console: Console) -> None:
@@ -324,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     blocks = options.blocks if options.one_at_a_time else 0
     measured = measure(work, options.contenders, rounds=options.rounds, warmup_steps=options.warmup, blocks=blocks)
-    rows, facts = rows_of(measured, work, options.baseline), environment(options.device)
+    rows, facts = rows_of(measured, options.baseline), environment(options.device)
     console = wide_console(stderr=options.json == "-")
     shape = f"{work.accumulation} × {work.micro_batch_sequences} × {work.sequence_length} tokens"
     order = f"{blocks} blocks, one at a time" if blocks else "interleaved"

@@ -145,7 +145,7 @@ def measure_speed(report: Report, plan: Plan, size: str) -> None:
         "sequence_length": work.sequence_length,
         "baseline": "full",
     }
-    report.speed.extend({**shape, **row} for row in rows_of(measured, work, "full"))
+    report.speed.extend({**shape, **row} for row in rows_of(measured, "full"))
     gc.collect()
 
 

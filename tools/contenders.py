@@ -3,50 +3,61 @@
     transformers                LlamaForCausalLM with its own loss (sdpa, no cache), torch.optim.AdamW (fused)
     full                        the tool's model, loss and AdamW
     velora, velora-all          the same with compressed projections: value and down, or all seven
-    galore, lora, flora         the same in these modes, with an exact SVD and without dropout, so that devices agree
+    galore, lora, flora         the same in these modes, without dropout
     straightforward-velora      VeLoRA as the paper writes it, on transformers' model and with torch.optim.AdamW: each
                                 compressed layer keeps its own z, rebuilds x̂ and computes the dense weight gradient
     straightforward-velora-all  the same on all seven
+    galore-torch                transformers' model and GaLoreAdamW of the package galore-torch, with our rank and gap
+    peft-lora                   transformers' model with peft's adapters on all seven, embedding, norms and head
+                                trained; torch.optim.AdamW
 
 With bf16 weights torch.optim.AdamW keeps bf16 moments, the tool's AdamW fp32 ones: not the same work.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.optim.optimizer import Optimizer
 
 from velora_pretrain.config import Precision, Run
+from velora_pretrain.contender import NEVER, contender_of
 from velora_pretrain.devices import WEIGHT_DTYPES, autocast, default_dtype
+from velora_pretrain.dimensions import PROJECTIONS
 from velora_pretrain.modes import build_mode
-from velora_pretrain.nn.direction import Direction
 from velora_pretrain.nn.llama import Llama
-from velora_pretrain.nn.lora import LoRALinear
 from velora_pretrain.nn.loss import IGNORE_INDEX
 from velora_pretrain.nn.velora import VeLoRALinear
 from velora_pretrain.recipe import resolve
+from velora_pretrain.timing import Contender, Pace, StepBatch
 
 CONTENDERS: dict[str, dict[str, Any]] = {
     "transformers": {"mode": "full"},
     "full": {"mode": "full"},
     "velora": {"mode": "velora"},
     "velora-all": {"mode": "velora", "modes.velora.layers": "all"},
-    "galore": {"mode": "galore", "modes.galore.finder": "svd"},
+    "galore": {"mode": "galore"},
     "lora": {"mode": "lora", "modes.lora.dropout": 0.0},
     "flora": {"mode": "flora"},
     "straightforward-velora": {"mode": "velora"},
     "straightforward-velora-all": {"mode": "velora", "modes.velora.layers": "all"},
+    "galore-torch": {"mode": "galore"},
+    "peft-lora": {"mode": "lora", "modes.lora.dropout": 0.0},
 }
-"""What each contender sets in a recipe; of those on transformers' model it is the placement and the sub-tokens."""
-ON_TRANSFORMERS = ("transformers", "straightforward-velora", "straightforward-velora-all")
+"""What each contender sets in a recipe; of those on transformers' model it is placement, sub-tokens, rank and gap."""
+ON_TRANSFORMERS = (
+    "transformers",
+    "straightforward-velora",
+    "straightforward-velora-all",
+    "galore-torch",
+    "peft-lora",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +80,11 @@ class Work:
         """Tokens of one step."""
         return self.accumulation * self.micro_batch_sequences * self.sequence_length
 
+    @property
+    def num_targets(self) -> int:
+        """Targets of one step."""
+        return self.accumulation * self.micro_batch_sequences * (self.sequence_length - 1)
+
     def run_of(self, contender: str) -> Run:
         """The recipe that a contender stands for."""
         options = {
@@ -89,17 +105,31 @@ class Work:
         labels = F.pad(tokens[..., 1:], (0, 1), value=IGNORE_INDEX)
         return list(zip(tokens.to(self.device), labels.to(self.device), strict=True))
 
+    def batches(self, vocab_size: int) -> Iterator[StepBatch]:
+        """Such micro-batches for ever, the same for every contender."""
+        for seed in count(1):
+            micro_batches = self.micro_batches(vocab_size, seed)
+            yield StepBatch(micro_batches=micro_batches, num_targets=self.num_targets, num_tokens=self.step_tokens)
 
-@dataclass(kw_only=True)
-class Contender:
-    """A model that is ready to train."""
 
-    model: nn.Module
-    optimizer: Optimizer
-    loss: Callable[[Tensor, Tensor], Tensor]
-    """Mean nats per target of a micro-batch, over the micro-batches of a step."""
-    first_loss_nats_per_token: float = 0.0
-    peak_bytes: int = 0
+class AnyOptimizer:
+    """An optimizer of PyTorch's kind as the tool asks for it: dense gradients, stepped together."""
+
+    accumulates = False
+
+    def __init__(self, optimizer: Any) -> None:
+        self.state, self.step = optimizer.state, optimizer.step
+
+    def accumulate(self, parameter: Tensor) -> None:
+        """Leaves the gradient where it is."""
+
+    def gradient(self, parameter: Tensor) -> Tensor | None:
+        """The dense one."""
+        return parameter.grad
+
+    def step_parameter(self, parameter: Tensor) -> None:
+        """Is not asked for: nothing is stepped in the backward pass."""
+        raise NotImplementedError
 
 
 class _StraightforwardVeLoRA(torch.autograd.Function):
@@ -167,55 +197,25 @@ def adapted_outline(run: Run) -> Llama:
     return model
 
 
-def matmul_operations(name: str, work: Work) -> int:
-    """Multiplications and additions of the matrix products in one step.
-
-    A linear layer (N, D)(D, M) has three products of 2 N D M: forward, dx, dW. Compressed, dW is 2 N M G, and z 2 N D
-    once per compressed input; frozen, there is no dW. The straightforward way has z for every layer beside the dense
-    dW. Attention has two products forward and five backward (the scores are computed again), half of each causal. What
-    an optimizer multiplies, once a step, is left out.
-    """
-    run = work.run_of(name)
-    tokens, operations = work.step_tokens, 0
-    for module in adapted_outline(run).modules():
-        if isinstance(module, nn.Linear):
-            operations += 6 * tokens * module.in_features * module.out_features
-        elif isinstance(module, LoRALinear):
-            operations += 4 * tokens * module.in_features * module.out_features
-        elif isinstance(module, VeLoRALinear):
-            width, outputs = module.in_features, module.out_features
-            if name in ON_TRANSFORMERS:
-                operations += tokens * (6 * width * outputs + 2 * width)
-            else:
-                operations += tokens * (4 * width * outputs + 2 * module.direction.num_groups * outputs)
-        elif isinstance(module, Direction) and name not in ON_TRANSFORMERS:
-            operations += 2 * tokens * module.num_groups * module.vector.numel()
-    attention = 7 * tokens * work.sequence_length * run.llama.hidden_size * run.llama.num_hidden_layers
-    return operations + attention
-
-
 def build(name: str, work: Work, initial: Llama, micro_batches: Sequence[tuple[Tensor, Tensor]]) -> Contender:
-    """A contender with the weights of `initial`, on its device."""
-    run = work.run_of(name)
+    """A contender with the weights of `initial`, on its device; v, where it has one, is taken from `micro_batches`."""
+    run, device = work.run_of(name), torch.device(work.device)
     if name in ON_TRANSFORMERS:
-        return _build_on_transformers(name, work, run, initial)
-    mode, model = build_mode(run), copy.deepcopy(initial)
-    mode.adapt(model)
-    model.to(device=work.device, dtype=WEIGHT_DTYPES[work.precision])
-    factor = 1 / (work.accumulation * work.micro_batch_sequences * (work.sequence_length - 1))
-
-    def loss(tokens: Tensor, labels: Tensor) -> Tensor:
-        with autocast(work.precision, work.device):
-            return model(tokens, labels) * factor
+        contender = _build_on_transformers(name, work, run, initial)
+    else:
+        model = Llama(run.llama, recompute=run.memory.recompute)
+        model.load_state_dict(initial.state_dict())
+        contender = contender_of(run, batches=work.batches(run.llama.vocab_size), device=device, model=model)
+    contender.takes_norm = work.grad_norm
+    num_targets = work.num_targets
 
     @torch.no_grad()
     def run_forward() -> None:
         for micro_batch in micro_batches:
-            loss(*micro_batch)
+            contender.loss(*micro_batch, num_targets)
 
-    optimizer = mode.build_optimizer(model)
-    mode.before_step(model, optimizer, 1, run_forward)
-    return Contender(model=model, optimizer=optimizer, loss=loss)
+    contender.pace.before_step(1, run_forward)
+    return contender
 
 
 def _build_on_transformers(name: str, work: Work, run: Run, initial: Llama) -> Contender:
@@ -226,14 +226,37 @@ def _build_on_transformers(name: str, work: Work, run: Run, initial: Llama) -> C
     with default_dtype(WEIGHT_DTYPES[work.precision]):
         model: Any = transformers.LlamaForCausalLM(config)
     model.load_state_dict(initial.state_dict())
-    if name != "transformers":
+    if name.startswith("straightforward"):
         layers = {path: m for path, m in adapted_outline(run).named_modules() if isinstance(m, VeLoRALinear)}
         groups = {path.rpartition(".")[2]: layer.direction.num_groups for path, layer in layers.items()}
         compress_straightforwardly(model, groups)
+    elif name == "peft-lora":
+        model = _with_adapters(model, run)
     model.to(work.device).train()
+    if name == "galore-torch":
+        paces = {steps: _galore_torch(model, run, steps) for steps in (NEVER, 1)}
+    else:
+        paces = {NEVER: _adamw(model, run)}
+
+    def loss(tokens: Tensor, labels: Tensor, num_targets: int) -> Tensor:
+        # transformers shifts the labels itself, and takes the mean over the targets of a micro-batch.
+        with autocast(work.precision, work.device):
+            return model(input_ids=tokens, labels=tokens, use_cache=False).loss / work.accumulation
+
+    return Contender(
+        model=model,
+        loss=loss,
+        batches=work.batches(run.llama.vocab_size),
+        device=torch.device(work.device),
+        pace=Pace(optimizer=AnyOptimizer(paces[NEVER])),
+        rare=[Pace(optimizer=AnyOptimizer(paces[1]), period_steps=run.modes.galore.update_gap)] if 1 in paces else [],
+    )
+
+
+def _adamw(model: nn.Module, run: Run) -> Any:
     settings = run.optimizer
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
+    return torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad],
         lr=run.lr,
         betas=settings.betas,
         eps=settings.eps,
@@ -241,9 +264,37 @@ def _build_on_transformers(name: str, work: Work, run: Run, initial: Llama) -> C
         fused=True,
     )
 
-    def loss(tokens: Tensor, labels: Tensor) -> Tensor:
-        # transformers shifts the labels itself.
-        with autocast(work.precision, work.device):
-            return model(input_ids=tokens, labels=tokens, use_cache=False).loss / work.accumulation
 
-    return Contender(model=model, optimizer=optimizer, loss=loss)
+def _galore_torch(model: nn.Module, run: Run, update_gap: int) -> Any:
+    from galore_torch import GaLoreAdamW
+
+    inside = [m.weight for path, m in model.named_modules() if path.rpartition(".")[2] in PROJECTIONS]
+    taken, settings = {id(weight) for weight in inside}, run.modes.galore
+    projected = {
+        "params": inside,
+        "rank": settings.rank_at(run.llama),
+        "update_proj_gap": update_gap,
+        "scale": settings.scale,
+        "proj_type": "std",
+    }
+    others = {"params": [p for p in model.parameters() if id(p) not in taken]}
+    groups: Any = [others, projected]
+    return GaLoreAdamW(groups, lr=run.lr, no_deprecation_warning=True)
+
+
+def _with_adapters(model: Any, run: Run) -> nn.Module:
+    import peft
+
+    settings = run.modes.lora
+    config = peft.LoraConfig(
+        r=settings.rank_at(run.llama),
+        lora_alpha=int(settings.alpha),
+        lora_dropout=settings.dropout,
+        target_modules=list(PROJECTIONS),
+    )
+    adapted: Any = peft.get_peft_model(model, config)
+    for path, parameter in adapted.named_parameters():
+        # The published protocol trains all that is not a projection.
+        if not any(f".{name}." in path for name in PROJECTIONS):
+            parameter.requires_grad_(True)
+    return adapted

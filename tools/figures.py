@@ -3,52 +3,28 @@
 from __future__ import annotations
 
 import json
-import platform
-import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
+from velora_pretrain import devices
+from velora_pretrain.timing import spread
+
+__all__ = ["MIB", "environment", "environment_line", "spread", "wide_console", "with_quartiles", "write_json"]
+
 MIB = 2**20
 """Bytes in one MiB."""
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles."""
-    if len(values) == 1:
-        return dict.fromkeys(("median", "lower_quartile", "upper_quartile"), values[0])
-    lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
-    return {"median": median, "lower_quartile": lower, "upper_quartile": upper}
 
 
 def environment(device: str) -> dict[str, Any]:
     """What the figures depend on besides the code."""
     import transformers
 
-    facts: dict[str, Any] = {
-        "cpu": cpu_model(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-    if device == "cuda":
-        facts |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
-    return facts
-
-
-def cpu_model() -> str:
-    """The processor by its name, where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    return {**devices.environment(torch.device(device)), "transformers": transformers.__version__}
 
 
 def environment_line(facts: Mapping[str, Any]) -> str:

@@ -132,6 +132,61 @@ def compare_memory(
         typer.echo(f"plots: {', '.join(map(str, written))}", err=json_file == "-")
 
 
+@compare_app.command("speed")
+def compare_speed(
+    size: Size = "60m",
+    modes: Annotated[
+        str | None,
+        typer.Option(
+            help="Modes, with commas between; settings of a mode's own stand behind it in square brackets, quoted from"
+            " the shell. By default all.",
+            metavar="MODE,'MODE[KEY=VALUE,KEY=VALUE]'",
+        ),
+    ] = None,
+    micro_batch: MicroBatch = None,
+    sequence_length: SequenceLength = None,
+    precision: Precision = None,
+    recompute: Annotated[str | None, typer.Option(help="What is rebuilt in the backward pass.")] = None,
+    steps: Annotated[int, typer.Option(help="Timed steps of each mode.", min=1)] = 12,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.")] = None,
+    settings: Settings = None,
+    json_file: Json = None,
+) -> None:
+    """Time the training steps of modes side by side, part by part, each beside what matrix products alone allow."""
+    per_pass = number_or_word(micro_batch)
+    options = {
+        "size": size,
+        "batch.micro_batch": per_pass,
+        "batch.sequence_length": sequence_length,
+        "precision": precision,
+        "memory.recompute": recompute,
+        "device": device,
+        "data": "sample",
+        # Without padding every token of a step is one that counts.
+        "packing": "pack",
+    }
+    if isinstance(per_pass, int) and per_pass > 0:
+        options["batch.sequences"] = per_pass
+    runs = timed_runs(modes, options, settings or [])
+
+    from rich.console import Console
+
+    from velora_pretrain.speed import Entry
+    from velora_pretrain.speed import compare_speed as compare
+    from velora_pretrain.speed_table import print_speed
+
+    is_data = json_file == "-"
+    console = Console(stderr=True)
+    result = compare(
+        [Entry(label=label, run=run) for label, run in runs.items()],
+        rounds=steps,
+        note=lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True),
+    )
+    write_json(json_file, result)
+    if not is_data:
+        print_speed(result)
+
+
 @compare_app.command("perplexity")
 def compare_perplexity(
     recipe: Annotated[str | None, typer.Option(help="A TOML recipe, or a bundled one by name (quickstart).")] = None,
@@ -250,4 +305,24 @@ def compared_runs(modes: str | None, options: dict[str, Any], assignments: list[
             key = f"modes.{part}.layers"
             if not any(assignment.partition("=")[0].strip() == key for assignment in assignments):
                 runs.append(resolve(None, {**options, "mode": name, key: "all"}, assignments))
+    return runs
+
+
+def timed_runs(modes: str | None, options: dict[str, Any], assignments: list[str]) -> dict[str, Run]:
+    """Runs by label, as `compared_runs` has them; modes may have settings of their own, as in `compare perplexity`."""
+    from velora_pretrain.config import MODES
+    from velora_pretrain.recipe import resolve
+    from velora_pretrain.variants import parse_variants
+
+    runs = {}
+    for variant in parse_variants(modes if modes is not None else ",".join(MODES)):
+        given = {assignment.partition("=")[0].strip() for assignment in (*assignments, *variant.assignments)}
+        run = resolve(None, {**options, "mode": variant.mode}, [*assignments, *variant.assignments])
+        runs[variant.label] = run
+        for part in (part for part, table in run.mode_tables.items() if hasattr(table, "layers")):
+            key = f"modes.{part}.layers"
+            if key not in given and not variant.assignments:
+                own = "layers" if part == variant.mode else f"{part}.layers"
+                everywhere = {**options, "mode": variant.mode, key: "all"}
+                runs.setdefault(f"{variant.label}[{own}=all]", resolve(None, everywhere, assignments))
     return runs

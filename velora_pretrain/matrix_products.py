@@ -1,15 +1,20 @@
 """Operations of matrix products, from the shapes of their operands: what a step costs before anything is timed.
 
-A multiplication and an addition count as two. Attention is counted whole, as if no position were masked, and its
-backward pass with the scores that fused kernels make again: five products where the forward pass has two. All else
-(norms, activations, softmax, the optimizer's arithmetic) is memory traffic and counts nothing.
+A multiplication and an addition count as two: a product (a, b)(b, c) is 2 a b c. What is counted is what the code
+dispatches: products of the model, of a method and of its optimizer, and those that recomputation repeats. Causal
+attention is half of its products, since scores above the diagonal are not needed: two forward, and five backward with
+the scores that fused kernels make again. Decompositions (QR, SVD, eigenvalues) are no products; nor is anything
+elementwise, which is memory traffic.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 _aten: Any = torch.ops.aten
 _FIRST_OPERAND = {
@@ -47,4 +52,21 @@ def product_operations(func: Any, args: tuple[Any, ...]) -> int:
     batch, heads, queries, width = query.shape
     positions, value_width = key.shape[-2], value.shape[-1]
     widths = 3 * width + 2 * value_width if is_backward else width + value_width
-    return 2 * batch * heads * queries * positions * widths
+    return batch * heads * queries * positions * widths
+
+
+class Operations(TorchDispatchMode):
+    """Operations of the matrix products that are dispatched while it is on, on real tensors and fake ones alike."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.total += product_operations(func, args)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def counted_operations() -> Iterator[Operations]:
+    """Counts within; the number is there at any time."""
+    with Operations() as operations:
+        yield operations

@@ -8,9 +8,9 @@ the rest is left to the next. To add a mode: its settings in `config.ModesTable`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,9 @@ Rules = dict[nn.Parameter, Rule]
 
 class Method:
     """What one method does to the model, its parameters and a step. This one, full rank, does nothing."""
+
+    period_key: ClassVar[str | None] = None
+    """Its setting that says after how many steps some work is done once, if there is such work; 0 is never."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -83,6 +86,8 @@ class Method:
 class GaLore(Method):
     """AdamW in a low-rank subspace of the gradient of every projection."""
 
+    period_key = "update_gap"
+
     def __init__(self, run: Run) -> None:
         super().__init__(run)
         self.settings = run.modes.galore
@@ -109,6 +114,8 @@ class GaLore(Method):
 
 class LoRA(Method):
     """Adapters beside frozen projections, merged and started anew every so many steps if that is asked for."""
+
+    period_key = "restart_every"
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)
@@ -151,6 +158,8 @@ class LoRA(Method):
 class FLoRA(Method):
     """Momentum in a random subspace, drawn anew now and then."""
 
+    period_key = "kappa"
+
     def __init__(self, run: Run) -> None:
         super().__init__(run)
         self.settings = run.modes.flora
@@ -180,6 +189,8 @@ class FLoRA(Method):
 
 class VeLoRA(Method):
     """Compressed inputs of the chosen projections, and AdamW on their factored gradients."""
+
+    period_key = "refresh_every"
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)
@@ -330,6 +341,15 @@ class Mode:
         """See `Method`."""
         return {key: value for m in self.methods for key, value in m.after_step(model, optimizer, step).items()}
 
+    def periods(self) -> dict[str, int]:
+        """Steps after which some work is done once, by the dotted key of the setting that says so."""
+        found = {}
+        for part, method in zip(self.run.mode_tables, self.methods, strict=True):
+            steps = getattr(self.run.mode_tables[part], method.period_key) if method.period_key else 0
+            if steps:
+                found[f"modes.{part}.{method.period_key}"] = steps
+        return found
+
     def memory_notes(self) -> list[str]:
         """See `Method`."""
         return [note for method in self.methods for note in method.memory_notes()]
@@ -351,6 +371,15 @@ class Mode:
 def build_mode(run: Run) -> Mode:
     """The mode that a run names."""
     return Mode(run)
+
+
+def with_periods(run: Run, periods: Mapping[str, int]) -> Run:
+    """The run with other periods, by keys as of `Mode.periods`; not validated, since nobody trains with them."""
+    modes = run.modes
+    for key, steps in periods.items():
+        _, part, name = key.split(".")
+        modes = modes.model_copy(update={part: getattr(modes, part).model_copy(update={name: steps})})
+    return run.model_copy(update={"modes": modes})
 
 
 def projection_weights(model: nn.Module) -> list[nn.Parameter]:
