@@ -62,7 +62,7 @@ def _table(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> Ta
             _quartiles(row["wall_seconds"], 1e3, 0),
             *(f"{row[f'{part}_seconds']['median'] * 1e3:,.1f}" for part in PARTS),
             f"{row['cpu_seconds']['median'] * 1e3:,.0f}",
-            _quartiles(row["wall_speed_ratio"], 1, 3),
+            _quartiles(row["wall_speed_ratio"], 1.0, 3),
             f"{row['matmul_limit_ratio']:.3f}",
             f"{row['model_flops_per_second'] / 1e9:,.0f}",
             f"{row['model_flops_utilisation'] * 100:.0f}",
