@@ -56,6 +56,8 @@ def test_bench_step_times_every_contender(tmp_path: Path, capsys: pytest.Capture
     assert rows["velora-all"]["matmul_limit_ratio"] > rows["velora"]["matmul_limit_ratio"] > 1.0
     assert rows["straightforward-velora"]["matmul_limit_ratio"] < 1.0
     assert [work["period_steps"] for work in rows["galore-torch"]["rare_work"]] == [200]
+    # Their model asks for the products that ours asks for.
+    assert rows["transformers"]["matmul_operations"] == rows["full"]["matmul_operations"]
     # Adapters save dW of the projections and add their own products.
     assert rows["peft-lora"]["matmul_operations"] == rows["lora"]["matmul_operations"]
     shown = capsys.readouterr().out
