@@ -270,7 +270,7 @@ def _galore_torch(model: nn.Module, run: Run, update_gap: int) -> Any:
 
     inside = [m.weight for path, m in model.named_modules() if path.rpartition(".")[2] in PROJECTIONS]
     taken, settings = {id(weight) for weight in inside}, run.modes.galore
-    projected = {
+    projected: dict[str, Any] = {
         "params": inside,
         "rank": settings.rank_at(run.llama),
         "update_proj_gap": update_gap,
@@ -278,7 +278,8 @@ def _galore_torch(model: nn.Module, run: Run, update_gap: int) -> Any:
         "proj_type": "std",
     }
     others = {"params": [p for p in model.parameters() if id(p) not in taken]}
-    return GaLoreAdamW([others, projected], lr=run.lr, no_deprecation_warning=True)
+    groups: Any = [others, projected]
+    return GaLoreAdamW(groups, lr=run.lr, no_deprecation_warning=True)
 
 
 def _with_adapters(model: Any, run: Run) -> nn.Module:
