@@ -229,10 +229,10 @@ def test_the_options_that_stay_are_there(capsys: pytest.CaptureFixture[str], mon
     monkeypatch.setenv("COLUMNS", "200")
     names = {
         "train": "size mode recipe data tokenizer steps batch-size micro-batch sequence-length lr seed device precision"
-        " run-dir resume set",
+        " compile run-dir resume set",
         "eval checkpoint": "data tokens device json",
         "compare memory": "size modes micro-batch sequence-length precision recompute update measure budget set json",
-        "compare speed": "size modes micro-batch sequence-length precision recompute steps device set json",
+        "compare speed": "size modes micro-batch sequence-length precision recompute steps device compile set json",
     }
     for command, options in names.items():
         assert status(*command.split(), "--help") == 0
@@ -491,3 +491,11 @@ def test_speed_is_timed_for_every_mode_and_for_modes_with_settings(monkeypatch: 
     assert list(timed) == ["full", "galore[rank=8]", "velora[update=projected]"]
     assert timed["galore[rank=8]"].modes.galore.rank == 8
     assert (timed["full"].batch.sequences, timed["full"].packing) == (24, "pad")
+    timed.clear()
+    assert status("compare", "speed", "--modes", "full,flora", "--compile", "--json", "-") == 0
+    assert {label: run.compile for label, run in timed.items()} == {
+        "full": False,
+        "full, compiled": True,
+        "flora": False,
+        "flora, compiled": True,
+    }

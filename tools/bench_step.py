@@ -18,6 +18,7 @@ import argparse
 import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, get_args
 
 import torch
@@ -58,7 +59,7 @@ def prepare(
         gc.collect()
         before_bytes = torch.cuda.memory_allocated()
     contender = build(name, work, initial, micro_batches)
-    losses = [lambda m=micro_batch: contender.loss(m[0], m[1], work.num_targets) for micro_batch in micro_batches]
+    losses = [partial(contender.loss, *micro_batch, work.num_targets) for micro_batch in micro_batches]
     with torch.no_grad():
         first_loss = torch.stack([loss().double() for loss in losses]).sum().item()
     if work.device == "cuda":

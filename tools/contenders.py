@@ -270,7 +270,7 @@ def _galore_torch(model: nn.Module, run: Run, update_gap: int) -> Any:
 
     inside = [m.weight for path, m in model.named_modules() if path.rpartition(".")[2] in PROJECTIONS]
     taken, settings = {id(weight) for weight in inside}, run.modes.galore
-    projected = {
+    projected: dict[str, Any] = {
         "params": inside,
         "rank": settings.rank_at(run.llama),
         "update_proj_gap": update_gap,

@@ -78,6 +78,9 @@ def train(
     seed: Annotated[int | None, typer.Option(help="Seed of weights and data order.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.")] = None,
     precision: Precision = None,
+    compile: Annotated[
+        bool | None, typer.Option("--compile", help="Compile forward and backward pass by torch.compile.")
+    ] = None,
     run_dir: Annotated[
         Path | None, typer.Option(help="Run folder; by default runs/SIZE-MODE-TIME.", show_default=False)
     ] = None,
@@ -117,6 +120,7 @@ def train(
         "seed": seed,
         "device": device,
         "precision": precision,
+        "compile": compile,
     }
     run = resolve(recipe, options, assignments, recorded=recorded)
     folder = folder or RunFolder(run_dir or new_run_dir(run))

@@ -149,6 +149,7 @@ def compare_speed(
     recompute: Annotated[str | None, typer.Option(help="What is rebuilt in the backward pass.")] = None,
     steps: Annotated[int, typer.Option(help="Timed steps of each mode.", min=1)] = 12,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.")] = None,
+    compile: Annotated[bool, typer.Option("--compile", help="Time every mode compiled, too.")] = False,
     settings: Settings = None,
     json_file: Json = None,
 ) -> None:
@@ -168,6 +169,9 @@ def compare_speed(
     if isinstance(per_pass, int) and per_pass > 0:
         options["batch.sequences"] = per_pass
     runs = timed_runs(modes, options, settings or [])
+    if compile:
+        both = {label: {label: run, f"{label}, compiled": compiled(run)} for label, run in runs.items()}
+        runs = {label: run for each in both.values() for label, run in each.items()}
 
     from rich.console import Console
 
@@ -306,6 +310,11 @@ def compared_runs(modes: str | None, options: dict[str, Any], assignments: list[
             if not any(assignment.partition("=")[0].strip() == key for assignment in assignments):
                 runs.append(resolve(None, {**options, "mode": name, key: "all"}, assignments))
     return runs
+
+
+def compiled(run: Run) -> Run:
+    """The same run by way of torch.compile."""
+    return run.model_copy(update={"compile": True})
 
 
 def timed_runs(modes: str | None, options: dict[str, Any], assignments: list[str]) -> dict[str, Run]:

@@ -421,6 +421,8 @@ class Run(Section):
     """fp32, bf16-mixed (fp32 weights, bf16 arithmetic) or bf16 (weights too)."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
+    compile: bool = False
+    """Whether forward and backward pass are compiled by torch.compile, whole; on a CPU that needs a C++ compiler."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the initial weights and of the data order, below 2**63."""
     model: ModelTable = ModelTable()

@@ -60,6 +60,7 @@ def contender_of(
         rare=rare,
         device=device,
         in_backward=run.optimizer.update == "in_backward",
+        compile=(lambda: model.compile(fullgraph=True)) if run.compile else None,
         close=getattr(batches, "close", lambda: None),
     )
 

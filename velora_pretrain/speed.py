@@ -172,6 +172,7 @@ def _options(run: Run) -> dict[str, Any]:
         "recompute": run.memory.recompute,
         "update": run.optimizer.update,
         "state_bits": run.optimizer.state_bits,
+        "compile": run.compile,
         **build_mode(run).options(),
     }
 

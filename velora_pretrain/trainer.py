@@ -82,6 +82,9 @@ class Trainer:
         self.model = Llama(run.llama, seed=run.seed, recompute=run.memory.recompute)
         self.mode.adapt(self.model)
         self.model.to(device=self.device, dtype=WEIGHT_DTYPES[run.precision])
+        if run.compile:
+            # In place, so that names and checkpoints stay; a part that cannot be compiled is an error.
+            self.model.compile(fullgraph=True)
         self.wrapped: nn.Module = data_parallel(self.accelerator, self.model)
         self.optimizer = self.mode.build_optimizer(self.model)
         self.in_backward = run.optimizer.update == "in_backward"

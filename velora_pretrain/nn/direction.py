@@ -150,7 +150,9 @@ def take_directions(directions: Sequence[Direction], run_forward: Callable[[], N
     """Sets each direction from what it sees in `run_forward`."""
     for direction in directions:
         direction.observing = True
-    run_forward()
+    # Once in a run: not worth a compiled pass of its own.
+    with torch.compiler.set_stance("force_eager"):
+        run_forward()
     for direction in directions:
         direction.observing = False
         direction.take()

@@ -19,7 +19,6 @@ in their place, and one with a static `forward_siblings(x, layers)` is called on
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import groupby
 from typing import Any, cast
 
 import torch
@@ -211,10 +210,16 @@ def rotate(
 def project(x: Tensor, *layers: nn.Module) -> list[Tensor]:
     """Outputs of layers that read one tensor; a kind of layer that can share work between them is asked to."""
     outputs: list[Tensor] = []
-    for kind, siblings in groupby(layers, key=type):
-        members = list(siblings)
+    # Not by itertools.groupby, which torch.compile does not trace.
+    while len(outputs) < len(layers):
+        rest = layers[len(outputs) :]
+        kind = type(rest[0])
         together = getattr(kind, "forward_siblings", None)
-        outputs.extend(together(x, members) if together else [layer(x) for layer in members])
+        if together:
+            others = [place for place, layer in enumerate(rest) if type(layer) is not kind]
+            outputs.extend(together(x, list(rest[: others[0]] if others else rest)))
+        else:
+            outputs.append(rest[0](x))
     return outputs
 
 

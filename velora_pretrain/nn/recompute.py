@@ -48,7 +48,11 @@ def run_again_in_backward(region: Callable[..., Tensor], *inputs: Tensor) -> Ten
     """region(*inputs), of which only the inputs are kept; random numbers are drawn again as they were."""
     if not torch.is_grad_enabled():
         return region(*inputs)
-    result = checkpoint(region, *inputs, use_reentrant=False, context_fn=_contexts)
+    if torch.compiler.is_compiling():
+        # Traced once, so nothing sees the second pass; and the compiler takes no contexts of ours.
+        result = checkpoint(region, *inputs, use_reentrant=False)
+    else:
+        result = checkpoint(region, *inputs, use_reentrant=False, context_fn=_contexts)
     assert isinstance(result, Tensor)
     return result
 
@@ -96,7 +100,12 @@ def rebuilt_in_backward(tensor: Tensor, make: Callable[[], Tensor]) -> Iterator[
     Args:
         tensor: contiguous, and kept by nobody else.
         make: gives the same bits again, from tensors that are kept anyway.
+
+    Under torch.compile this does nothing: the compiler itself makes again what elementwise operations can.
     """
+    if torch.compiler.is_compiling():
+        yield
+        return
     storage, rebuilt = tensor.untyped_storage()._cdata, _Rebuilt(make)
     # Hooks around these ones, a memory tracker's for instance, still see all other tensors.
     outer = torch._C._autograd._top_saved_tensors_default_hooks(False)  # pyright: ignore[reportAttributeAccessIssue]
