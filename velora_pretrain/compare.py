@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from velora_pretrain.config import MODES, Run
+from velora_pretrain.config import BASELINE, Run
 from velora_pretrain.devices import pick_device
 from velora_pretrain.errors import UserError
 from velora_pretrain.measurement import measure_memory
@@ -193,7 +193,7 @@ def _full_rank(run: Run, recompute: str = "none") -> Run:
     """What a row is held against: full rank, everything kept, stepping afterwards, with moments of 32 bits."""
     memory = run.memory.model_copy(update={"recompute": recompute})
     optimizer = run.optimizer.model_copy(update={"update": "step", "state_bits": 32})
-    return run.model_copy(update={"mode": MODES[0], "memory": memory, "optimizer": optimizer})
+    return run.model_copy(update={"mode": BASELINE, "memory": memory, "optimizer": optimizer})
 
 
 def _operations(found: StepPrediction, micro_batch: int, local_sequences: int) -> float:

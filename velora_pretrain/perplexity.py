@@ -22,7 +22,7 @@ from typing import Any
 from rich.console import Console
 
 from velora_pretrain.cells import is_done, run_folder, train_cells, was_side_by_side
-from velora_pretrain.config import MODES, Run
+from velora_pretrain.config import BASELINE, Run
 from velora_pretrain.data.c4 import resolve
 from velora_pretrain.devices import pick_device
 from velora_pretrain.display import Display
@@ -37,8 +37,6 @@ from velora_pretrain.variants import Cell
 
 COMPARED = ("mode", "optimizer.lr", "seed")
 """Keys in which the cells of a comparison may differ, beside those of `modes.`."""
-BASELINE = MODES[0]
-"""The mode that the others' gap is measured from."""
 SAME_TEXT = ("tokenizer_sha256", "data_sha256", "tokens")
 """Fields of summary.json that are the same where the same text was read in the same order."""
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from velora_pretrain.config import Run
+from velora_pretrain.config import BASELINE, Run
 from velora_pretrain.contender import batches_of, contender_of, micro_batch_of, operations_of, settled
 from velora_pretrain.devices import environment, pick_device
 from velora_pretrain.gemm_rate import GemmRate, Shape
@@ -78,7 +78,7 @@ def compare_speed(
 
     gemm = GemmRate(gemm_shapes(first), dtype=_product_dtype(first), device=device)
     measured = measure(names, build, rounds=rounds, blocks=blocks, beside=lambda index: gemm.sample())
-    baseline = next((name for name, e in zip(names, entries, strict=True) if e.run.mode == "full"), names[0])
+    baseline = next((name for name, e in zip(names, entries, strict=True) if e.run.mode == BASELINE), names[0])
     model_operations = next(
         (measured[name].operations for name, e in zip(names, entries, strict=True) if _is_plain(e.run)), None
     ) or operations_of(_full_rank(first))
@@ -183,12 +183,12 @@ def _accumulates(run: Run) -> bool:
 
 def _full_rank(run: Run) -> Run:
     memory = run.memory.model_copy(update={"recompute": "none"})
-    return run.model_copy(update={"mode": "full", "memory": memory})
+    return run.model_copy(update={"mode": BASELINE, "memory": memory})
 
 
 def _is_plain(run: Run) -> bool:
     """Whether the products of a step are those that the model needs, and no others."""
-    return run.mode == "full" and run.memory.recompute == "none"
+    return run.mode == BASELINE and run.memory.recompute == "none"
 
 
 def _product_dtype(run: Run) -> torch.dtype:
