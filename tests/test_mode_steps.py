@@ -276,3 +276,12 @@ def test_compressed_steps_are_scaled_and_their_decay_is_not(
     assert steps[0]
     for plain, scaled in zip(*steps, strict=True):
         torch.testing.assert_close(scaled, expected * plain, atol=1e-7, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["galore", "galore+velora", "lora+velora"])
+def test_the_rate_of_the_blocks_is_set_by_the_first_method(tiny_run: Callable[..., Any], mode: str) -> None:
+    optimizer = built(tiny_run(mode=mode, **{f"modes__{mode.partition('+')[0]}__block_lr_ratio": 0.25}))[2]
+    rates = {len(group["params"]): group["lr_ratio"] for group in optimizer.param_groups}
+    in_blocks = max(rates)
+    assert rates.pop(in_blocks) == 0.25
+    assert set(rates.values()) == {1.0}
