@@ -58,8 +58,10 @@ def test_a_running_average_sees_each_input_once(tiny_run: Callable[..., Any], wa
         mode.before_step(model, optimizer, 1, torch.no_grad()(lambda m=model, t=tokens: m(t, t)))
         model(tokens.flip(1), tokens).backward()
         assert all(d.statistics.abs().sum() > 0 for d in directions_of(model))
+        # The sums, too: what is seen twice by all has the same direction.
+        sums = [direction.statistics.clone() for direction in directions_of(model)]
         mode.after_step(model, optimizer, 1)
-        vectors.append([direction.vector.clone() for direction in directions_of(model)])
+        vectors.append([*sums, *(direction.vector.clone() for direction in directions_of(model))])
     assert all(torch.equal(a, b) for a, b in zip(*vectors, strict=True))
 
 
