@@ -46,8 +46,29 @@ MODES: dict[str, dict[str, Any]] = {
         "modes__galore__update_gap": 3,
         "modes__galore__finder": "svd",
     },
-    "galore+velora": {"mode": "galore+velora", "modes__galore__rank": 8, "modes__galore__update_gap": 3},
-    "flora+velora": {"mode": "flora+velora", "modes__flora__rank": 8, "modes__flora__kappa": 3},
+    "velora reproject": {
+        "mode": "velora",
+        "modes__velora__layers": ["q_proj", "v_proj", "o_proj", "down_proj"],
+        "modes__velora__update": "projected",
+        "modes__velora__refresh_every": 2,
+        "modes__velora__refresh_moments": "reproject",
+    },
+    "galore+velora": {
+        "mode": "galore+velora",
+        "modes__galore__rank": 8,
+        "modes__galore__update_gap": 3,
+        "modes__galore__finder": "randomised",
+        "modes__velora__refresh_every": 2,
+        "modes__velora__refresh_moments": "reproject",
+        "packing": "pack",
+    },
+    "flora+velora": {
+        "mode": "flora+velora",
+        "modes__flora__rank": 8,
+        "modes__flora__kappa": 3,
+        "modes__velora__refresh_every": 2,
+        "modes__velora__refresh_moments": "reset",
+    },
     "lora+velora": {
         "mode": "lora+velora",
         "modes__lora__rank": 8,
@@ -56,7 +77,7 @@ MODES: dict[str, dict[str, Any]] = {
     },
 }
 """Each with an event (a refresh, a restart, a new projection) between its checkpoints, and one at a checkpoint."""
-METHODS = ("full", "galore svd", "lora", "flora", "velora")
+METHODS = ("full", "galore svd", "lora", "flora", "velora", "galore+velora")
 """Those of the default run; the others are the slow tests'."""
 
 
