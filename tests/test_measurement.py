@@ -19,7 +19,6 @@ VARYING = {"tokens_per_second", "peak_memory_bytes", "data_wait_seconds"}
     "settings",
     [
         {"mode": "velora", "modes__velora__layers": "all", "memory__recompute": "elementwise"},
-        {"mode": "flora", "optimizer__update": "in_backward"},
         {"mode": "lora", "memory__recompute": "block", "precision": "bf16-mixed"},
     ],
 )
