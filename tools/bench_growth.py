@@ -149,6 +149,9 @@ def plot(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
     figure, panels = pyplot.subplots(len(kinds), len(AXES), figsize=(12, 7), squeeze=False, layout="constrained")
     for panel_row, (key, (theory, label)) in zip(panels, kinds.items(), strict=True):
         for panel, (axis, words) in zip(panel_row, AXES.items(), strict=True):
+            if not any(row["axis"] == axis for row in rows):
+                panel.set_axis_off()
+                continue
             for number, mode in enumerate(dict.fromkeys(row["mode"] for row in rows)):
                 own = sorted(
                     (row for row in rows if (row["axis"], row["mode"]) == (axis, mode)), key=lambda row: row["x"]
@@ -160,7 +163,7 @@ def plot(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
                     panel.plot(xs, scaled, "--", color=f"C{number}", alpha=0.6)
             panel.set(xscale="log", yscale="log", xlabel=words, ylabel=label)
             panel.grid(which="both", alpha=0.2)
-    panels[0][0].legend()
+    figure.legend(*next(p for p in panels[0] if p.lines).get_legend_handles_labels(), loc="outside upper center")
     folder.mkdir(parents=True, exist_ok=True)
     for ending in ("png", "svg"):
         figure.savefig(folder / f"growth.{ending}", dpi=120)
