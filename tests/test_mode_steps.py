@@ -80,6 +80,29 @@ def test_a_cycle_goes_through_the_basis_of_the_first_batch(tiny_run: Callable[..
         for basis, direction in zip(bases, directions_of(model), strict=True):
             assert torch.equal(direction.vector, basis[(step - 1) // 2 % 4])
         take_step(model, optimizer, step)
+        vectors = [direction.vector.clone() for direction in directions_of(model)]
+        assert mode.after_step(model, optimizer, step) == {}
+        assert all(torch.equal(a, b.vector) for a, b in zip(vectors, directions_of(model), strict=True))
+
+
+@pytest.mark.parametrize("init", ["batch_average_once", "svd"])
+def test_a_refresh_is_of_the_batch_of_its_step_alone(tiny_run: Callable[..., Any], init: str) -> None:
+    """Nothing that was seen before, in training or in the refresh before it, is in it."""
+    mode, model, optimizer = built(tiny_run(**COMPRESSED, modes__velora__init=init, modes__velora__refresh_every=2))
+    for step in range(1, 6):
+        fresh = copy.deepcopy(model)
+        start_step(mode, model, optimizer, step)
+        if step in (1, 3, 5):
+            for direction in directions_of(fresh):
+                direction.statistics.zero_()
+                direction.observing = True
+            with torch.no_grad():
+                fresh(tokens_of(step), tokens_of(step))
+            for direction, expected in zip(directions_of(model), directions_of(fresh), strict=True):
+                expected.take()
+                assert torch.equal(direction.vector, expected.vector)
+        take_step(model, optimizer, step)
+        mode.after_step(model, optimizer, step)
 
 
 @pytest.mark.parametrize("moments", ["keep", "reset", "reproject"])
@@ -138,7 +161,7 @@ def test_reprojected_moments_stay_in_eight_bits(tiny_run: Callable[..., Any]) ->
     absmax, v = optimizer.state[layer.coefficients]["exp_avg_absmax"].clone(), layer.direction.vector.clone()
     start_step(mode, model, optimizer, 2)
     state = optimizer.state[layer.coefficients]
-    assert state["exp_avg"].dtype == torch.uint8
+    assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == torch.uint8
     torch.testing.assert_close(state["exp_avg_absmax"], absmax * (v @ layer.direction.vector).abs())
 
 
@@ -276,3 +299,12 @@ def test_compressed_steps_are_scaled_and_their_decay_is_not(
     assert steps[0]
     for plain, scaled in zip(*steps, strict=True):
         torch.testing.assert_close(scaled, expected * plain, atol=1e-7, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["galore", "galore+velora", "lora+velora"])
+def test_the_rate_of_the_blocks_is_set_by_the_first_method(tiny_run: Callable[..., Any], mode: str) -> None:
+    optimizer = built(tiny_run(mode=mode, **{f"modes__{mode.partition('+')[0]}__block_lr_ratio": 0.25}))[2]
+    rates = {len(group["params"]): group["lr_ratio"] for group in optimizer.param_groups}
+    in_blocks = max(rates)
+    assert rates.pop(in_blocks) == 0.25
+    assert set(rates.values()) == {1.0}
