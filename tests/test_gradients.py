@@ -13,6 +13,7 @@ from velora_pretrain.display import Display
 from velora_pretrain.errors import UserError
 from velora_pretrain.gradients import Gradients
 from velora_pretrain.optim.adamw import AdamW
+from velora_pretrain.optim.flora import AccumulatingFloraAdafactor
 from velora_pretrain.prediction import predict_memory
 from velora_pretrain.records import RunFolder
 from velora_pretrain.trainer import train
@@ -28,10 +29,14 @@ def losses(run: Any, path: Path) -> list[tuple[float, float]]:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_stepping_in_the_backward_pass_changes_nothing(tiny_run: Callable[..., Any], tmp_path: Path, mode: str) -> None:
+def test_stepping_in_the_backward_pass_changes_nothing(
+    tiny_run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
     """One micro-batch a step: losses, norms and the final perplexity are bitwise those of stepping after it."""
     settings = {"mode": mode, "batch__micro_batch": 8, "optimizer__weight_decay": 0.1, **SETTINGS}
     expected = losses(tiny_run(**settings), tmp_path / "after")
+    # No step is left for afterwards: numbers alone would not tell.
+    monkeypatch.delattr(AdamW, "step")
     assert losses(tiny_run(optimizer__update="in_backward", **settings), tmp_path / "inside") == expected
 
 
@@ -82,6 +87,60 @@ def test_norm_and_clipping_are_pytorchs(max_norm: float) -> None:
     assert Gradients(ours, AdamW(ours.parameters())).clip(max_norm) == pytest.approx(norm.item(), rel=1e-6)
     for mine, yours in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, yours.grad)
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_the_norm_of_narrow_gradients_is_summed_wide(in_backward: bool) -> None:
+    """In bf16 it would be right to 2**-8 alone, which a norm near a threshold of clipping shows."""
+    torch.manual_seed(0)
+    model = nn.Linear(33, 65, bias=False).bfloat16()
+    gradients = Gradients(model, AdamW(model.parameters()), in_backward=in_backward)
+    x, dy = torch.randn(7, 33).bfloat16(), torch.randn(7, 65).bfloat16()
+    with gradients.of_micro_batch(1, 1):
+        model(x).backward(dy)
+    exact = (dy.t() @ x).double().norm().item()
+    assert gradients.clip(0.0) == pytest.approx(exact, rel=1e-5)
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_only_gradients_of_several_micro_batches_are_summed_compressed(in_backward: bool) -> None:
+    """One micro-batch has nothing to add to: compressing its gradient would lose what Adafactor can use."""
+    torch.manual_seed(0)
+    taken: list[bool] = []
+
+    class Watched(AccumulatingFloraAdafactor):
+        def step_(self, parameter: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+            taken.append("accumulated" in state)
+            super().step_(parameter, state, group)
+
+    model = nn.Linear(9, 12, bias=False)
+    optimizer = AdamW(model.parameters(), rules={model.weight: Watched(rank=3, kappa=5, seed=0)})
+    gradients = Gradients(model, optimizer, in_backward=in_backward)
+    for count in (1, 2):
+        for number in range(1, count + 1):
+            with gradients.of_micro_batch(number, count):
+                model(torch.randn(4, 9)).square().sum().backward()
+            assert in_backward or (model.weight.grad is None) == (count == 2)
+        gradients.step()
+    assert taken == [False, True]
+
+
+def test_a_sum_in_a_subspace_is_clipped_as_a_gradient_is() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(9, 12, bias=False), nn.Linear(12, 5))
+    rules = {model[0].weight: AccumulatingFloraAdafactor(rank=3, kappa=5, seed=0)}
+    optimizer = AdamW(model.parameters(), rules=rules)
+    gradients = Gradients(model, optimizer)
+    for number in (1, 2):
+        with gradients.of_micro_batch(number, 2):
+            model(torch.randn(4, 9)).square().sum().backward()
+    compressed = optimizer.state[model[0].weight]["accumulated"]
+    parts = [compressed, model[1].weight.grad, model[1].bias.grad]
+    before = [part.clone() for part in parts if part is not None]
+    norm = torch.cat([part.flatten() for part in before]).norm()
+    assert gradients.clip(0.5) == pytest.approx(norm.item(), rel=1e-6)
+    for part, old in zip(parts, before, strict=True):
+        torch.testing.assert_close(part, old * 0.5 / norm)
 
 
 def test_a_loss_that_is_not_finite_moves_nothing_in_backward(
