@@ -399,6 +399,11 @@ def test_the_draws_of_a_restart_depend_on_seed_and_step_alone() -> None:
     assert torch.equal(draw(1, 10, noise=0), draw(1, 10, noise=1))
     assert not torch.equal(draw(1, 10, noise=0), draw(1, 20, noise=0))
     assert not torch.equal(draw(1, 10, noise=0), draw(2, 10, noise=0))
+    # Each layer's is its own, as at the start.
+    model = make_model()
+    merge_and_restart(model, seed=1, step=10)
+    starts = [tuple(p.detach().flatten()[:5].tolist()) for name, p in model.named_parameters() if "lora_A" in name]
+    assert len(set(starts)) == len(starts) == 7 * CONFIG.num_hidden_layers
 
 
 def test_restarts_reach_a_rank_above_r() -> None:

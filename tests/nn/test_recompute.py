@@ -1,5 +1,7 @@
 """Recomputation: the same bits, fewer of them kept, and nothing seen twice."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any, get_args
 
@@ -56,8 +58,10 @@ def test_a_running_average_sees_each_input_once(tiny_run: Callable[..., Any], wa
         mode.before_step(model, optimizer, 1, torch.no_grad()(lambda m=model, t=tokens: m(t, t)))
         model(tokens.flip(1), tokens).backward()
         assert all(d.statistics.abs().sum() > 0 for d in directions_of(model))
+        # The sums, too: what is seen twice by all has the same direction.
+        sums = [direction.statistics.clone() for direction in directions_of(model)]
         mode.after_step(model, optimizer, 1)
-        vectors.append([direction.vector.clone() for direction in directions_of(model)])
+        vectors.append([*sums, *(direction.vector.clone() for direction in directions_of(model))])
     assert all(torch.equal(a, b) for a, b in zip(*vectors, strict=True))
 
 
@@ -113,6 +117,47 @@ def test_a_rebuilt_tensor_is_made_once_and_dropped() -> None:
     assert len(calls) == 2
     for weight in weights:
         torch.testing.assert_close(weight.grad, 2 * kept.exp().sum(0).expand(5, 4))
+
+
+def test_views_of_a_rebuilt_tensor_come_back_as_they_were() -> None:
+    """Parts, transposes and parts of transposes, each with its own offset and strides."""
+    x, kept = torch.randn(6, 4, requires_grad=True), torch.randn(6, 4)
+    weights = [torch.randn(shape, requires_grad=True) for shape in ((4, 3), (6, 2), (3, 5))]
+
+    def total(y: torch.Tensor) -> torch.Tensor:
+        parts = (y[2:] @ weights[0], y.t() @ weights[1], y.t()[1:, 3:] @ weights[2])
+        return torch.stack([part.square().sum() for part in parts]).sum()
+
+    expected = torch.autograd.grad(total(x * kept), [x, *weights])
+    y, plain = x * kept, x.detach()
+    with rebuilt_in_backward(y, lambda: plain * kept):
+        result = total(y)
+    y.detach().fill_(torch.nan)  # what is kept is not y
+    for ours, theirs in zip(torch.autograd.grad(result, [x, *weights]), expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_graph_with_rebuilt_tensors_that_is_dropped_is_gone_at_once() -> None:
+    """Also where an operation keeps its own output, which would keep itself alive."""
+
+    class Sentinel:
+        pass
+
+    x, weight = torch.randn(3, 4, requires_grad=True), torch.randn(4, 4, requires_grad=True)
+    y, plain = x.sin(), x.detach()
+    gc.disable()
+    try:
+        with rebuilt_in_backward(y, lambda: plain.sin()):
+            result = (y @ weight).exp()
+        sentinel = Sentinel()
+        result.grad_fn.metadata["sentinel"] = sentinel
+        alive = weakref.ref(sentinel)
+        del sentinel
+        assert alive() is not None
+        del result
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 def test_without_gradients_nothing_is_run_again() -> None:

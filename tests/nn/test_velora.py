@@ -203,6 +203,24 @@ def test_random_direction_is_seeded_and_needs_no_data() -> None:
     assert make(1).is_ready
 
 
+def test_a_basis_is_that_of_the_right_singular_vectors() -> None:
+    """Each with its largest entry above zero, in the order of the singular values; `turn` goes round."""
+    direction = Direction(D, G, init="svd", keeps_basis=True, dtype=torch.float64)
+    x = torch.randn(N, D) * torch.linspace(1, 2, D)
+    direction.observing = True
+    direction.watch(x[: N // 2])
+    direction.watch(x[N // 2 :])
+    direction.take()
+    expected = torch.linalg.svd(x.view(N * G, D // G))[2]
+    expected = expected * torch.stack([row[row.abs().argmax()].sign() for row in expected])[:, None]
+    for number in range(2 * len(expected)):
+        direction.turn(number)
+        torch.testing.assert_close(direction.vector, expected[number % len(expected)])
+    assert direction.basis is not None
+    before = direction.basis.clone()
+    assert torch.equal(direction.to(torch.bfloat16).basis, before)
+
+
 def test_gathered_over_micro_batches_it_is_the_direction_of_the_whole_batch() -> None:
     x = torch.randn(N, D) + 0.2
     whole = VeLoRALinear(nn.Linear(D, M), Direction(D, G, dtype=torch.float64))
