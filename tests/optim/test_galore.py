@@ -19,6 +19,7 @@ from velora_pretrain.optim.galore import (
     GaLore,
     exact_subspace,
     galore_rules,
+    gram_matrix,
     project,
     project_back,
     randomised_subspace,
@@ -89,7 +90,8 @@ def gaussian(outputs: int, features: int) -> Tensor:
 
 
 def with_singular_values(values: Tensor, outputs: int, features: int) -> Tensor:
-    left, right = (torch.linalg.qr(torch.randn(size, len(values))).Q for size in (outputs, features))
+    sizes = (outputs, features)
+    left, right = (torch.linalg.qr(torch.randn(size, len(values), dtype=values.dtype)).Q for size in sizes)
     return (left * values) @ right.t()
 
 
@@ -130,6 +132,28 @@ def test_the_randomised_subspace_captures_99_percent(spectrum: str, shape: tuple
     captured = project(gradient.double(), projection.double()).square().sum()
     best = torch.linalg.svdvals(gradient.double())[:rank].square().sum()
     assert 0.99 <= captured / best < 1 + 1e-5
+
+
+@pytest.mark.parametrize("shape", [(60, 40), (40, 60)])
+def test_directions_come_in_the_order_of_the_singular_values(shape: tuple[int, int]) -> None:
+    """The moments, which a refresh keeps, are of the first, second, ... direction."""
+    torch.manual_seed(3)
+    gradient = with_singular_values(2.0 ** -torch.arange(10, dtype=torch.float64), *shape)
+    exact, found = exact_subspace(gradient, RANK), randomised_subspace(gradient, RANK)
+    overlaps = exact @ found.t() if shape[0] >= shape[1] else exact.t() @ found
+    torch.testing.assert_close(overlaps.abs(), torch.eye(RANK, dtype=torch.float64), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("in_bf16", [False, True])
+@pytest.mark.parametrize("side", [40, 300, 700])
+def test_the_gram_matrix_of_blocks_is_the_product(side: int, in_bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On every machine both ways, of which each takes one by itself; products of 90 numbers, in bf16 2**-8 each."""
+    monkeypatch.setattr("velora_pretrain.optim.galore._multiplies_bf16", lambda device_type: in_bf16)
+    tall = torch.randn(90, side, generator=torch.Generator().manual_seed(3))
+    exact = tall.double().t() @ tall.double()
+    largest_error = (gram_matrix(tall).double() - exact).abs().max()
+    assert largest_error < (1.0 if in_bf16 else 1e-4)
+    assert (largest_error > 1e-3) == in_bf16
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -208,6 +232,10 @@ def test_refreshes_are_spread_over_the_gap(num_matrices: int) -> None:
         refreshes.append([index for index, (a, b) in enumerate(zip(before, after, strict=True)) if a is not b])
     assert len(refreshes[0]) == num_matrices
     assert max(map(len, refreshes[1:])) <= math.ceil(num_matrices / gap)
+    # Evenly: two that follow each other are as far apart as the gap allows, to one step.
+    turns = [step for step, due in enumerate(refreshes[: 2 * gap + 1]) for _ in due if step]
+    between = [later - earlier for earlier, later in itertools.pairwise(turns)]
+    assert {math.floor(gap / num_matrices), math.ceil(gap / num_matrices)} >= set(between)
     # In each full gap after the first step, every matrix has its turn once.
     for first in (1, gap + 1):
         assert Counter(itertools.chain(*refreshes[first : first + gap])) == Counter(range(num_matrices))
@@ -259,7 +287,7 @@ def test_moments_may_be_kept_in_8_bits() -> None:
     optimizers = [AdamW([p], rules={p: GaLore(rank=32)}, lr=0.1, state_bits=b) for p, b in ((wide, 32), (narrow, 8))]
     for parameter, optimizer in zip((wide, narrow), optimizers, strict=True):
         train(optimizer, parameter, gradients((256, 128), 5))
-    assert optimizers[1].state[narrow]["exp_avg"].dtype == torch.uint8
+    assert {optimizers[1].state[narrow][name].dtype for name in ("exp_avg", "exp_avg_sq")} == {torch.uint8}
     assert (wide - narrow).norm() < 0.1 * (wide - start((256, 128))).norm()
 
 
