@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
 import statistics
 from dataclasses import asdict
@@ -55,12 +56,17 @@ def summarise(
         "final_evaluation": next(r for r in reversed(records) if "perplexity" in r and r["step"] == steps),
         "tokens_per_second": statistics.median(record["tokens_per_second"] for record in training),
         "peak_memory_bytes": max(record["peak_memory_bytes"] for record in training),
-        "predicted_memory": asdict(predicted),
-        "measured_memory": measured_memory,
+        "predicted_memory": _as_json(asdict(predicted)),
+        "measured_memory": _as_json(measured_memory),
         "device": device,
         "processes": processes,
         **provenance(prepared),
     }
+
+
+def _as_json(value: Any) -> Any:
+    """The same as JSON gives it back: lists for tuples."""
+    return json.loads(json.dumps(value))
 
 
 def provenance(prepared: Prepared) -> dict[str, Any]:
