@@ -8,7 +8,8 @@ import pytest
 from safetensors.torch import load_file
 
 from velora_pretrain import measurement
-from velora_pretrain.display import make_display
+from velora_pretrain.config import MODES
+from velora_pretrain.display import Display, make_display
 from velora_pretrain.records import RunFolder
 from velora_pretrain.trainer import train
 
@@ -47,6 +48,31 @@ def test_measuring_changes_no_bit(
     assert measured["saved_activations_bytes"] == pytest.approx(predicted["saved_activations_bytes"], rel=0.05)
     # Labels, inputs and the sum of the loss come beside what the prediction has: 16 bytes for each of 256 tokens.
     assert predicted["peak_bytes"] <= measured["peak_bytes"] <= predicted["peak_bytes"] * 1.03 + 3 * 16 * 256
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_measuring_changes_no_bit_of_what_a_mode_does_now_and_then(
+    tiny_run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """Refreshes, restarts and resamples lie in the step that is measured: a resumed run measures another one."""
+    settings = {
+        "modes__galore__rank": 8,
+        "modes__galore__update_gap": 2,
+        "modes__lora__rank": 8,
+        "modes__lora__restart_every": 3,
+        "modes__flora__rank": 8,
+        "modes__flora__kappa": 3,
+        "modes__velora__init": "svd",
+        "modes__velora__refresh_every": 2,
+    }
+    run, weights = tiny_run(mode=mode, schedule__steps=4, **settings), []
+    for step in (3, 1):
+        monkeypatch.setattr("velora_pretrain.trainer.MEASURED_STEP", step)
+        folder = RunFolder(tmp_path / f"run-{step}")
+        train(run, folder, resume=False, display=Display())
+        files = (folder.checkpoint(4) / name for name in ("model.safetensors", "training_state.safetensors"))
+        weights.append({key: value for file in files for key, value in load_file(file).items()})
+    assert [name for name, value in weights[0].items() if not value.equal(weights[1][name])] == []
 
 
 class _nothing:  # noqa: N801
