@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -45,3 +47,12 @@ def test_so_it_is_with_every_kind_of_layer_and_of_recomputation() -> None:
 @pytest.mark.slow
 def test_a_graph_that_breaks_is_an_error() -> None:
     assert outcomes(BROKEN) == {BROKEN: "Unsupported"}
+
+
+@pytest.mark.slow
+def test_a_compiled_run_comes_to_its_end(tiny_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    """Past the step whose memory an eager run measures, which a compiled one cannot, and through its evaluation."""
+    recipe, folder = tiny_recipe(mode="velora", schedule__steps=4), tmp_path / "run"
+    done = runs.tool("train", "--recipe", str(recipe), "--run-dir", str(folder), "--compile")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((folder / "summary.json").read_text())["measured_memory"] is None

@@ -152,6 +152,9 @@ class Trainer:
             if not self._evaluate_if_due():
                 raise self._interrupted()
             measured_step = min(self.done_steps + MEASURED_STEP, run.steps)
+            if run.compile and self.device.type == "cpu":
+                # What a compiled graph does cannot be watched operation by operation.
+                measured_step = 0
             while self.done_steps < run.steps:
                 with self.step_memory.watch(is_due=self.done_steps + 1 == measured_step):
                     is_stopped, is_due = self._step(loader)
