@@ -20,7 +20,7 @@ from velora_pretrain.gradients import Gradients, SteppingOptimizer
 from velora_pretrain.memory import MemoryTracker
 from velora_pretrain.modes import build_mode
 from velora_pretrain.nn.llama import Llama
-from velora_pretrain.step_memory import peak_of_step
+from velora_pretrain.step_memory import peak_of_step, take_step
 
 MEASURED_STEP = 3
 """The step of a run, counted from 1 in each of its processes' lives, that is measured: optimizer states are there."""
@@ -109,17 +109,8 @@ def measure_memory(run: Run, micro_batch: int, *, accumulates: bool, device: tor
     if device.type != "cuda":
         return asdict(peak_of_step(model, optimizer, losses, in_backward=in_backward))
     gradients = Gradients(model, optimizer, in_backward=in_backward)
-
-    def step() -> None:
-        for number, each in enumerate(losses, start=1):
-            value = each()
-            with gradients.of_micro_batch(number, len(losses)):
-                value.backward()
-            del value
-        gradients.step()
-
     for _ in range(2):
-        step()
+        take_step(gradients, losses)
     with _cuda_peaks(device) as peaks:
-        step()
+        take_step(gradients, losses)
     return {"peak_bytes": peaks["allocated_peak_bytes"], **peaks}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,14 +33,19 @@ def peak_of_step(
         gradients = Gradients(model, optimizer, in_backward=in_backward)
         for _ in range(2):
             tracker.forget_peak()
-            for number, loss in enumerate(losses, start=1):
-                value = loss()
-                with gradients.of_micro_batch(number, len(losses)):
-                    value.backward()
-                del value
-            gradients.step()
+            take_step(gradients, losses)
             tracker.settle()
         return tracker.use
+
+
+def take_step(gradients: Gradients, losses: Sequence[Callable[[], Tensor]]) -> None:
+    """One training step: the backward pass of each micro-batch's loss, then the optimizer."""
+    for number, loss in enumerate(losses, start=1):
+        value = loss()
+        with gradients.of_micro_batch(number, len(losses)):
+            value.backward()
+        del value
+    gradients.step()
 
 
 @dataclass(frozen=True, kw_only=True)
