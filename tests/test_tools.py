@@ -36,10 +36,11 @@ def figures(tool: str, path: Path, *arguments: str) -> dict[str, Any]:
 def test_bench_step_times_every_contender(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from contenders import CONTENDERS
 
-    arguments = [*runs.MODEL_STEP, "--contenders", *CONTENDERS, "--baseline=full", "--accumulation=2", "--grad-norm"]
+    names = [*CONTENDERS, "full:mlp", "transformers:block"]
+    arguments = [*runs.MODEL_STEP, "--contenders", *names, "--baseline=full", "--accumulation=2", "--grad-norm"]
     content = figures("bench_step", tmp_path / "step.json", *arguments)
     rows = {row["contender"]: row for row in content["rows"]}
-    assert set(rows) == set(CONTENDERS)
+    assert set(rows) == set(names)
     assert content["environment"]["threads"] == 1
     assert content["settings"]["accumulation"] == 2
     for row in rows.values():

@@ -23,7 +23,7 @@ from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
-from contenders import CONTENDERS, AnyOptimizer, Work, build
+from contenders import CONTENDERS, AnyOptimizer, Work, build, settings_of
 from figures import MIB, environment, environment_line, wide_console, with_quartiles, write_json
 from rich.console import Console
 from rich.table import Table
@@ -165,9 +165,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sequence-length", type=int, default=256, help="tokens")
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches per step")
     parser.add_argument(
-        "--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS)[:4], metavar="NAME"
+        "--contenders",
+        nargs="+",
+        default=list(CONTENDERS)[:4],
+        metavar="NAME[:RECOMPUTE]",
+        help=f"of {', '.join(CONTENDERS)}; :elementwise, :mlp or :block recomputes",
     )
-    parser.add_argument("--baseline", choices=list(CONTENDERS), help="by default the first contender", metavar="NAME")
+    parser.add_argument("--baseline", help="by default the first contender", metavar="NAME")
     parser.add_argument("--rounds", type=int, default=10, help="timed steps of each contender")
     parser.add_argument("--warmup", type=int, default=2, help="untimed steps before; on a CPU at least 2")
     parser.add_argument("--threads", type=int, help="of torch; by default its own choice")
@@ -182,6 +186,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.baseline = options.baseline or options.contenders[0]
     if options.baseline not in options.contenders:
         parser.error(f"--baseline {options.baseline} is not among the contenders")
+    try:
+        for name in options.contenders:
+            settings_of(name)
+    except ValueError as error:
+        parser.error(f"--contenders {error}")
     if options.rounds < (options.blocks if options.one_at_a_time else 1):
         parser.error("--rounds: at least one, and one for each block")
     return options

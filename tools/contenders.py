@@ -11,6 +11,9 @@
     peft-lora                   transformers' model with peft's adapters on all seven, embedding, norms and head
                                 trained; torch.optim.AdamW
 
+`NAME:RECOMPUTE`, such as full:elementwise, is the same with that recomputation; transformers:block, with gradient
+checkpointing.
+
 With bf16 weights torch.optim.AdamW keeps bf16 moments, the tool's AdamW fp32 ones: not the same work.
 """
 
@@ -19,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +36,7 @@ from velora_pretrain.dimensions import PROJECTIONS
 from velora_pretrain.modes import build_mode
 from velora_pretrain.nn.llama import Llama
 from velora_pretrain.nn.loss import IGNORE_INDEX
+from velora_pretrain.nn.recompute import Recompute
 from velora_pretrain.nn.velora import VeLoRALinear
 from velora_pretrain.recipe import resolve
 from velora_pretrain.timing import Contender, Pace, StepBatch
@@ -58,6 +62,23 @@ ON_TRANSFORMERS = (
     "galore-torch",
     "peft-lora",
 )
+
+
+def settings_of(contender: str) -> dict[str, Any]:
+    """What a contender sets in a recipe.
+
+    Raises:
+        ValueError: there is none of that name, or it does not recompute so.
+    """
+    name, _, recompute = contender.partition(":")
+    if name not in CONTENDERS:
+        raise ValueError(f"{contender}: no contender; there are {', '.join(CONTENDERS)}")
+    if not recompute:
+        return CONTENDERS[name]
+    known = ("block",) if name in ON_TRANSFORMERS else get_args(Recompute)
+    if recompute not in known:
+        raise ValueError(f"{contender}: {name} recomputes {', '.join(known)}")
+    return CONTENDERS[name] | {"memory.recompute": recompute}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +114,7 @@ class Work:
             "batch.sequences": self.accumulation * self.micro_batch_sequences,
             "batch.micro_batch": self.micro_batch_sequences,
             "batch.sequence_length": self.sequence_length,
-            **CONTENDERS[contender],
+            **settings_of(contender),
         }
         return resolve(None, options, list(self.assignments))
 
@@ -200,7 +221,7 @@ def adapted_outline(run: Run) -> Llama:
 def build(name: str, work: Work, initial: Llama, micro_batches: Sequence[tuple[Tensor, Tensor]]) -> Contender:
     """A contender with the weights of `initial`, on its device; v, where it has one, is taken from `micro_batches`."""
     run, device = work.run_of(name), torch.device(work.device)
-    if name in ON_TRANSFORMERS:
+    if name.partition(":")[0] in ON_TRANSFORMERS:
         contender = _build_on_transformers(name, work, run, initial)
     else:
         model = Llama(run.llama, recompute=run.memory.recompute)
@@ -230,10 +251,12 @@ def _build_on_transformers(name: str, work: Work, run: Run, initial: Llama) -> C
         layers = {path: m for path, m in adapted_outline(run).named_modules() if isinstance(m, VeLoRALinear)}
         groups = {path.rpartition(".")[2]: layer.direction.num_groups for path, layer in layers.items()}
         compress_straightforwardly(model, groups)
-    elif name == "peft-lora":
+    elif name.startswith("peft-lora"):
         model = _with_adapters(model, run)
     model.to(work.device).train()
-    if name == "galore-torch":
+    if run.memory.recompute == "block":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if name.startswith("galore-torch"):
         paces = {steps: _galore_torch(model, run, steps) for steps in (NEVER, 1)}
     else:
         paces = {NEVER: _adamw(model, run)}
