@@ -42,7 +42,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from velora_pretrain.optim.adamw import Rule, add_step_, move_moments
+from velora_pretrain.optim.adamw import UPDATE_ELEMENTS, Rule, add_step_, move_moments
 from velora_pretrain.optim.moments import keep_moment, load_moment, wide
 from velora_pretrain.optim.seeds import mixed_seed
 
@@ -111,8 +111,12 @@ class _Compressed:
         return Subspace(random_projection(seed, width, self.rank, device=like.device, dtype=dtype), rows < columns)
 
 
-def precondition(gradient: Float[Tensor, " *shape"], state: dict[str, Any], step: int) -> Float[Tensor, " *shape"]:
-    """Moves Adafactor's second moment, of rows and columns where there are both, and gives the gradient over its root.
+Scales = tuple[Tensor, Tensor | None]
+"""1 / √Û of a gradient, as factors of its rows and its columns; of each element and None, where it is no matrix."""
+
+
+def move_squares(gradient: Float[Tensor, " *shape"], state: dict[str, Any], step: int) -> Scales:
+    """Moves Adafactor's second moment, of rows and columns where there are both, and gives one over its root.
 
     Args:
         gradient: wide.
@@ -123,17 +127,37 @@ def precondition(gradient: Float[Tensor, " *shape"], state: dict[str, Any], step
     if gradient.ndim != 2:
         # Wide always: the root of a small second moment in 8 bits would be that of zero.
         state["exp_avg_sq"] = u = load_moment(state, "exp_avg_sq", gradient)
-        return u.lerp_(gradient.square().add_(SQUARE_FLOOR), weight).rsqrt().mul_(gradient)
+        return u.lerp_(gradient.square().add_(SQUARE_FLOOR), weight).rsqrt(), None
     state["exp_avg_sq_row"] = rows = load_moment(state, "exp_avg_sq_row", gradient[:, 0])
     state["exp_avg_sq_col"] = columns = load_moment(state, "exp_avg_sq_col", gradient[0])
-    rows.lerp_(_mean_square(gradient, dim=1), weight)
-    columns.lerp_(_mean_square(gradient, dim=0), weight)
-    return (gradient * (rows / rows.mean()).rsqrt_()[:, None]).mul_(columns.rsqrt())
+    of_rows, of_columns = _mean_squares(gradient)
+    rows.lerp_(of_rows, weight)
+    columns.lerp_(of_columns, weight)
+    return (rows / rows.mean()).rsqrt_()[:, None], columns.rsqrt()
 
 
-def _mean_square(gradient: Tensor, dim: int) -> Tensor:
-    # By way of the norm, so that the squares are never in memory.
-    return torch.linalg.vector_norm(gradient, dim=dim).square_().div_(gradient.shape[dim]).add_(SQUARE_FLOOR)
+def precondition(gradient: Float[Tensor, " *shape"], scales: Scales) -> Float[Tensor, " *shape"]:
+    """N: the gradient, or some of its rows, over the root of the second moment."""
+    of_rows, of_columns = scales
+    return gradient * of_rows if of_columns is None else (gradient * of_rows).mul_(of_columns)
+
+
+def _row_parts(like: Tensor, *tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """The same rows of all, `UPDATE_ELEMENTS` of `like` at a time: bounds temporaries, and keeps them in a cache."""
+    whole = [torch.atleast_1d(tensor) for tensor in (like, *tensors)]
+    rows = max(1, UPDATE_ELEMENTS // whole[0][0].numel())
+    return zip(*(tensor.split(rows) for tensor in whole), strict=True)
+
+
+def _mean_squares(gradient: Float[Tensor, "rows columns"]) -> tuple[Float[Tensor, " rows"], Float[Tensor, " columns"]]:
+    """Of each row and of each column."""
+    # The squares of all are never in memory. Of columns, PyTorch's norm took a CPU 17 times as long as these sums.
+    rows = torch.linalg.vector_norm(gradient, dim=1).square_()
+    columns = torch.zeros_like(gradient[0])
+    for (part,) in _row_parts(gradient):
+        columns += part.square().sum(0)
+    num_rows, num_columns = gradient.shape
+    return rows.div_(num_columns).add_(SQUARE_FLOOR), columns.div_(num_rows).add_(SQUARE_FLOOR)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,31 +167,35 @@ class Adafactor:
     def step_(self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         """Takes one step; `betas[0]` is β₁, `betas[1]` and `eps` are not used."""
         state["step"] = step = state.get("step", 0) + 1
-        update = precondition(self._take_gradient(parameter, state), state, step)
-        if group["betas"][0]:
-            self._add_momentum_(update, state, group)
+        gradient = self._take_gradient(parameter, state)
+        scales = move_squares(gradient, state, step)
+        update = self._momentum(gradient, scales, state, group) if group["betas"][0] else precondition(gradient, scales)
         rms = torch.linalg.vector_norm(update) / math.sqrt(update.numel())
-        update.div_((rms / LARGEST_RMS).clamp_(min=1.0))
-        add_step_(parameter, update, group, lr=group["lr"], decay=group["lr"] * group["weight_decay"])
+        shrink, decay = (rms / LARGEST_RMS).clamp_(min=1.0), group["lr"] * group["weight_decay"]
+        for weight, part in _row_parts(parameter, update):
+            add_step_(weight, part / shrink, group, lr=group["lr"], decay=decay)
 
     def _take_gradient(self, parameter: Tensor, state: dict[str, Any]) -> Tensor:
         """The gradient of the step, wide."""
         assert parameter.grad is not None
         return parameter.grad.to(wide(parameter.dtype))
 
-    def _add_momentum_(self, update: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        """Moves the momentum by `update`, and makes `update` the momentum."""
-        m = load_moment(state, "exp_avg", update)
-        update.copy_(m.lerp_(update, 1 - group["betas"][0]))
+    def _momentum(self, gradient: Tensor, scales: Scales, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+        """Moves the momentum by the preconditioned gradient, and gives what the step is along; not to be changed."""
+        m, (of_rows, of_columns) = load_moment(state, "exp_avg", gradient), scales
+        for part, moment, scale in _row_parts(gradient, m, of_rows):
+            moment.lerp_(precondition(part, (scale, of_columns)), 1 - group["betas"][0])
         keep_moment(state, "exp_avg", m, group["state_bits"])
+        return m
 
 
 @dataclass(frozen=True, kw_only=True)
 class FloraAdafactor(_Compressed, Adafactor):
     """Adafactor whose momentum is kept compressed."""
 
-    def _add_momentum_(self, update: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+    def _momentum(self, gradient: Tensor, scales: Scales, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
         beta1, step = group["betas"][0], state["step"]
+        update = precondition(gradient, scales)
         subspace = self._moments_subspace(update, step - 1)
         compressed = subspace.compress(update)
         m = load_moment(state, "exp_avg", compressed)
@@ -177,6 +205,7 @@ class FloraAdafactor(_Compressed, Adafactor):
         else:
             m = self._moments_subspace(update, step).compress(update)
         keep_moment(state, "exp_avg", m, group["state_bits"])
+        return update
 
 
 @dataclass(frozen=True, kw_only=True)
