@@ -32,36 +32,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         # needs_input_grad says what requires gradients, even where they are switched off.
         needs_hidden, needs_weight = (with_gradients and needed for needed in ctx.needs_input_grad[:2])
-        head = weight.to(hidden.dtype)
-        d_hidden = torch.empty_like(hidden) if needs_hidden else None
-        # Summed over chunks in fp32, or in double where the weights are.
-        accumulator = torch.promote_types(weight.dtype, torch.float32)
-        d_weight = torch.zeros_like(weight, dtype=accumulator) if needs_weight else None
-        nats = torch.zeros((), dtype=accumulator, device=hidden.device)
-        # Written anew by every chunk: memory that an allocator hands out afresh is slow to touch first.
-        scores = hidden.new_empty(min(chunk_rows, hidden.shape[0]), weight.shape[0])
-        with torch.autocast(hidden.device.type, enabled=False):
-            for start in range(0, hidden.shape[0], chunk_rows):
-                rows = slice(start, start + chunk_rows)
-                h, targets = hidden[rows], labels[rows]
-                is_target = (targets != IGNORE_INDEX)[:, None]
-                index = targets.clamp(min=0)[:, None]
-                torch.mm(h, head.t(), out=scores[: len(h)])
-                target_log_p, p = log_p_and_p_(scores[: len(h)], index, accumulator)
-                nats -= (target_log_p * is_target).sum()
-                if d_hidden is not None or d_weight is not None:
-                    p.scatter_add_(1, index, torch.full_like(index, -1, dtype=p.dtype))
-                    p = p.mul_(is_target).to(h.dtype)
-                    if d_hidden is not None:
-                        torch.mm(p, head, out=d_hidden[rows])
-                    if d_weight is not None and p.dtype == accumulator:
-                        d_weight.addmm_(p.t(), h)
-                    elif d_weight is not None:
-                        d_weight += p.t() @ h
-                # Else it would still be there beside the next chunk's.
-                del p
-        del scores
-        ctx.save_for_backward(d_hidden, None if d_weight is None else d_weight.to(weight.dtype))
+        is_opaque = hidden.device.type == "cpu" and torch.compiler.is_compiling()
+        loss_and_gradients = _opaque_loss_and_gradients if is_opaque else _loss_and_gradients
+        nats, d_hidden, d_weight = loss_and_gradients(hidden, weight, labels, chunk_rows, needs_hidden, needs_weight)
+        ctx.save_for_backward(d_hidden if needs_hidden else None, d_weight if needs_weight else None)
         return nats
 
     @staticmethod
@@ -70,6 +44,61 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # In place: a second backward pass over one graph is refused by autograd's version check, not answered wrongly.
         d_hidden, d_weight = (None if t is None else t.mul_(d_nats) for t in ctx.saved_tensors)
         return d_hidden, d_weight, None, None, None
+
+
+def _loss_and_gradients(
+    hidden: Tensor, weight: Tensor, labels: Tensor, chunk_rows: int, needs_hidden: bool, needs_weight: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, dh and dW; empty, where they are not needed."""
+    head = weight.to(hidden.dtype)
+    d_hidden = torch.empty_like(hidden) if needs_hidden else hidden.new_empty(0)
+    # Summed over chunks in fp32, or in double where the weights are.
+    accumulator = torch.promote_types(weight.dtype, torch.float32)
+    d_weight = torch.zeros_like(weight, dtype=accumulator) if needs_weight else weight.new_empty(0)
+    nats = torch.zeros((), dtype=accumulator, device=hidden.device)
+    # Written anew by every chunk: memory that an allocator hands out afresh is slow to touch first.
+    scores = hidden.new_empty(min(chunk_rows, hidden.shape[0]), weight.shape[0])
+    with torch.autocast(hidden.device.type, enabled=False):
+        for start in range(0, hidden.shape[0], chunk_rows):
+            rows = slice(start, start + chunk_rows)
+            h, targets = hidden[rows], labels[rows]
+            is_target = (targets != IGNORE_INDEX)[:, None]
+            index = targets.clamp(min=0)[:, None]
+            torch.mm(h, head.t(), out=scores[: len(h)])
+            target_log_p, p = log_p_and_p_(scores[: len(h)], index, accumulator)
+            nats -= (target_log_p * is_target).sum()
+            if needs_hidden or needs_weight:
+                p.scatter_add_(1, index, torch.full_like(index, -1, dtype=p.dtype))
+                p = p.mul_(is_target).to(h.dtype)
+                if needs_hidden:
+                    torch.mm(p, head, out=d_hidden[rows])
+                if needs_weight and p.dtype == accumulator:
+                    d_weight.addmm_(p.t(), h)
+                elif needs_weight:
+                    d_weight += p.t() @ h
+            # Else it would still be there beside the next chunk's.
+            del p
+    return nats, d_hidden, d_weight.to(weight.dtype)
+
+
+_opaque_loss_and_gradients = torch.library.custom_op(
+    "velora_pretrain::loss_and_gradients",
+    _loss_and_gradients,
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor weight, Tensor labels, int chunk_rows, bool needs_hidden, bool needs_weight)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+"""The same as one operation of a compiled graph: in pieces of its own making a compiler would give each of these
+buffers anew, which on a CPU took longer than what it fuses saves."""
+
+
+@_opaque_loss_and_gradients.register_fake
+def _(
+    hidden: Tensor, weight: Tensor, labels: Tensor, chunk_rows: int, needs_hidden: bool, needs_weight: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    d_hidden = torch.empty_like(hidden) if needs_hidden else hidden.new_empty(0)
+    d_weight = torch.empty_like(weight) if needs_weight else weight.new_empty(0)
+    return hidden.new_empty((), dtype=torch.promote_types(weight.dtype, torch.float32)), d_hidden, d_weight
 
 
 def log_p_and_p_(
