@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from velora_pretrain import memory
 from velora_pretrain.config import MODES
@@ -56,67 +55,6 @@ def test_predicted_and_measured_agree_at_published_sizes(size: str, mode: str) -
 def test_every_initialisation_and_rule_can_be_predicted(tiny_run: Callable[..., Any], init: str, update: str) -> None:
     run = tiny_run(mode="velora", modes__velora__init=init, modes__velora__update=update)
     assert predict_memory(run, 4, accumulates=True).peak_bytes > 0
-
-
-def kept_by_hand(run: Any, micro_batch: int, *, compressed: set[str]) -> int:
-    """Bytes that the graph keeps from forward to backward in fp32, counted by hand; see the table in nn/llama.py."""
-    c = run.llama
-    length, d, i = run.batch.sequence_length, c.hidden_size, c.intermediate_size
-    tokens, groups = micro_batch * length, {d: d // 8, i: i // 16}  # the published sub-tokens at 60m
-    inputs = {("q_proj", "k_proj", "v_proj"): d, ("o_proj",): 0, ("gate_proj", "up_proj"): d, ("down_proj",): i}
-    kept = 0
-    for siblings, width in inputs.items():
-        # The output of the attention, which o_proj reads, is kept by the attention anyway.
-        kept += 0 if set(siblings) <= compressed else width
-        kept += groups[width or d] if set(siblings) & compressed else 0
-    norms = 2 * (d + 1)
-    attention = 4 * d + c.num_attention_heads  # rotated q and k, v, output; logsumexp
-    blocks = c.num_hidden_layers * (norms + attention + kept + 2 * i)
-    final_norm, loss_gradient = d + 1, d
-    head_gradient, tables = c.vocab_size * d, 2 * length * c.head_dim
-    indices = 8 * tokens  # of the embedding, int64
-    return 4 * (tokens * (blocks + final_norm + loss_gradient) + head_gradient + tables) + indices
-
-
-@pytest.mark.parametrize("layers", [[], ["v_proj"], ["v_proj", "down_proj"], ["q_proj", "k_proj", "v_proj"], "all"])
-def test_saved_activations_are_the_closed_form_to_the_byte(layers: Any) -> None:
-    options = {"size": "60m", "mode": "velora" if layers else "full"}
-    run = resolve(None, options, [f"modes.velora.layers={layers!r}"] if layers else [])
-    with FakeTensorMode():
-        mode, model = build_mode(run), Llama(run.llama)
-        mode.adapt(model)
-        tokens = torch.zeros(64, 256, dtype=torch.int64)
-        optimizer = mode.build_optimizer(model)
-        mode.before_step(model, optimizer, 1, lambda: None)
-        with MemoryTracker(model, optimizer) as tracker:
-            loss = model(tokens, tokens)
-            tracker.forget_peak()
-            measured = tracker.use.saved_activations_bytes
-        del loss
-    compressed = set(run.modes.velora.projections) if layers else set()
-    assert measured == kept_by_hand(run, 64, compressed=compressed)
-
-
-def test_saved_activations_by_kind_of_module_are_the_closed_form() -> None:
-    """In fp32, full rank: see the table in nn/llama.py; what is saved first is the residual stream, by the norms."""
-    run = resolve(None, {"size": "60m"}, ["model.num_hidden_layers=3"])
-    c, length = run.llama, run.batch.sequence_length
-    with FakeTensorMode():
-        model, tokens = Llama(run.llama), torch.zeros(4, length, dtype=torch.int64)
-        with MemoryTracker(model, build_mode(run).build_optimizer(model)) as tracker:
-            loss = model(tokens, tokens)
-            tracker.forget_peak()
-            saved = tracker.use.saved_by_module_bytes
-        del loss
-    n, d, i, layers = 4 * length, c.hidden_size, c.intermediate_size, c.num_hidden_layers
-    tables = 2 * length * c.head_dim  # of the rotation, once for all layers
-    assert saved == {
-        "attention": 4 * (layers * n * (d + 4 * d + c.num_attention_heads) + tables),
-        "mlp": 4 * layers * n * (d + 3 * i),
-        "norms": 4 * (2 * layers + 1) * n * (d + 1),
-        "head": 4 * (n * d + c.vocab_size * d),
-        "embedding": 8 * n,
-    }
 
 
 class Toy(nn.Module):
