@@ -117,9 +117,13 @@ def test_adafactor_in_a_subspace_is_flora_opts(
     assert oracle.state[theirs]["seed"] == 7000 + 24 // kappa
 
 
+@pytest.mark.parametrize("together", [2**20, 20, 1], ids=lambda elements: f"{elements} elements together")
 @pytest.mark.parametrize("beta1", [0.9, 0.0])
 @pytest.mark.parametrize("shape", [(12, 7), (7, 12), (10,), (4, 3, 2)])
-def test_plain_adafactor_is_flora_opts(shape: tuple[int, ...], beta1: float) -> None:
+def test_plain_adafactor_is_flora_opts(
+    shape: tuple[int, ...], beta1: float, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("velora_pretrain.optim.flora.UPDATE_ELEMENTS", together)
     ours, theirs = parameter_of(shape), parameter_of(shape)
     optimizer, oracle = (
         optimizer_of(ours, Adafactor(), betas=(beta1, 0.5)),
