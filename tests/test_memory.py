@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from velora_pretrain import memory
 from velora_pretrain.config import MODES
@@ -15,6 +16,8 @@ from velora_pretrain.measurement import measure_memory
 from velora_pretrain.memory import CATEGORIES, MemoryTracker
 from velora_pretrain.modes import build_mode
 from velora_pretrain.nn.llama import Llama
+from velora_pretrain.nn.velora import compress_linears, compressed_weights
+from velora_pretrain.optim.adamw import AdamW
 from velora_pretrain.prediction import choose_micro_batch, predict_memory
 from velora_pretrain.recipe import resolve
 
@@ -104,6 +107,33 @@ def test_the_largest_tensors_are_named(
     assert origins["model.embed_tokens.weight"].total_bytes == 4 * 128 * 32
     assert origins["model.layers.*.mlp.up_proj.weight"].count == 2
     assert (use.gradients_bytes > 0) == (accumulates or use.peak_moment in ("backward", "step"))
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("update", ["dense", "projected"])
+@pytest.mark.parametrize("rows", [5, 7, 64, 100], ids=lambda rows: f"{rows} rows at a time")
+def test_three_parts_of_a_factored_step_need_what_all_need(
+    rows: int, update: Any, rounding: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prediction takes no more of them. 64 rows: in steps of 5 and 7 the last part is smaller."""
+    monkeypatch.setattr("velora_pretrain.optim.adamw.UPDATE_ELEMENTS", rows * 32)
+
+    def peak_of_step() -> int:
+        model = nn.Sequential(nn.Linear(32, 64, bias=False, dtype=torch.bfloat16))
+        compress_linears(model, layers=("0",), num_groups={"0": 4})
+        factored = compressed_weights(model)
+        optimizer = AdamW(factored, factored=factored, update=update, rounding=rounding)
+        for _ in range(2):
+            for handle in factored:
+                handle.grad = torch.ones(handle.shape, dtype=handle.dtype)
+            with MemoryTracker(model, optimizer) as tracker:
+                tracker.forget_peak()
+                optimizer.step()
+        return tracker.use.peak_bytes
+
+    with FakeTensorMode():
+        predicted = peak_of_step()
+    assert predicted == peak_of_step()
 
 
 def test_torch_s_own_tracker_finds_the_same_total(tiny_run: Callable[..., Any]) -> None:
