@@ -91,6 +91,28 @@ def test_labels_cover_neither_points_nor_each_other(monkeypatch: pytest.MonkeyPa
     assert not [(a, b) for place, a in enumerate(boxes) for b in boxes[:place] if a.overlaps(b)]
 
 
+@pytest.mark.filterwarnings("error")
+def test_long_names_stand_below_and_leave_the_axes_their_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Beside their points they would push the axes together."""
+    names = [f"velora[{'a_long_setting=1, ' * place}last={place}]" for place in range(12)]
+    given = [row(name, 25.0 + place, 2.0 + 0.1 * place) for place, name in enumerate(names)]
+    lines = {name: {"tokens": [1.0, 2.0], "loss": [2.0, 1.0]} for name in names}
+    figures: dict[str, Any] = {}
+    original = plots.save_figures
+    monkeypatch.setattr(plots, "save_figures", lambda drawn, folder: figures.update(drawn) or original(drawn, folder))
+    write_plots(given, lines, tmp_path)
+    for name, figure in figures.items():
+        figure.draw_without_rendering()
+        legend, room = figure.legends[0].get_window_extent(), figure.bbox
+        shown = "".join(text.get_text() for text in figure.legends[0].get_texts()).replace("\n    ", " ")
+        assert all(each in shown for each in names), name
+        assert room.x0 <= legend.x0 and legend.x1 <= room.x1 and room.y0 <= legend.y0, name
+        axes = figure.axes[0].get_window_extent()
+        assert legend.y1 <= axes.y0
+        assert axes.width > 0.8 * room.width
+        assert axes.height > 3.5 * figure.dpi
+
+
 def test_a_variant_that_diverged_has_no_point_and_one_seed_no_deviation(tmp_path: Path):
     given = [row("full", 25.0, 2.0, None), row("lost", math.inf, None, None)]
     write_plots(given, {"full": {"tokens": [1.0], "loss": [2.0]}, "lost": {"tokens": [], "loss": []}}, tmp_path)

@@ -53,7 +53,7 @@ def print_memory_rows(rows: Sequence[Mapping[str, Any]], console: Console | None
         console.print(
             "saves: against full rank that keeps everything, at the same micro-batch. products × full: operations of"
             " matrix products in a step, with those that recomputation repeats; it is the ratio of step times where"
-            " only they take time."
+            " only they take time. What is done once in many steps, such as finding subspaces, is in neither."
         )
     for row, options in zip(rows, own, strict=True):
         misfit = ["does not fit even so"] if row.get("fits_budget") is False else []

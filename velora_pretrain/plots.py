@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,10 @@ HIDDEN_SHARE = 0.1
 """Share of a run, its usual warm-up, whose high losses may leave the plot at the top, so that the rest is seen."""
 MOST_POINTS = 1_000
 """Points drawn of one curve: more would only make the SVG larger."""
+LABEL_CHARACTERS = 40
+"""Of a variant's name, beyond which all names stand in a legend below, where they have the width of the figure."""
+LEGEND_CHARACTERS, LEGEND_LINE_INCHES = 95, 0.17
+"""Of a line in such a legend."""
 STYLE: dict[Any, Any] = {
     "font.family": ["DejaVu Sans", "sans-serif"],
     "font.size": 10,
@@ -144,8 +149,25 @@ def _loss_figure(
     axes.set_ylabel("training loss (nats per token)")
     smoothing = f", moving mean over {window} steps" if window > 1 else ""
     axes.set_title(f"Training loss{seeds}{smoothing}", loc="left", fontsize=11)
-    axes.legend(frameon=False, handlelength=3)
+    if _are_long(curves):
+        _add_legend_below(figure, axes)
+    else:
+        axes.legend(frameon=False, handlelength=3)
     return figure
+
+
+def _are_long(names: Iterable[str]) -> bool:
+    return max(map(len, names)) > LABEL_CHARACTERS
+
+
+def _add_legend_below(figure: Figure, axes: Axes) -> None:
+    """A legend below the axes, long names on several lines, in a figure that is higher by as much."""
+    handles, labels = axes.get_legend_handles_labels()
+    wrapped = [textwrap.fill(label, LEGEND_CHARACTERS, subsequent_indent="    ") for label in labels]
+    width, height = figure.get_size_inches()
+    lines = sum(len(label.splitlines()) for label in wrapped)
+    figure.set_size_inches(width, height + LEGEND_LINE_INCHES * lines)
+    figure.legend(handles, wrapped, loc="outside lower left", frameon=False, handlelength=3, fontsize=8)
 
 
 def moving_mean(values: Sequence[float], window: int) -> list[float]:
@@ -182,6 +204,7 @@ def _memory_figure(rows: Sequence[Mapping[str, Any]], looks: Mapping[str, dict[s
             row["peak_memory_bytes"]["predicted"] / GIB,
             row["perplexity_mean"],
             yerr=row["perplexity_sd"],
+            label=row["variant"],
             gid=f"point of {row['variant']}",
             linestyle="none",
             markersize=7,
@@ -194,7 +217,10 @@ def _memory_figure(rows: Sequence[Mapping[str, Any]], looks: Mapping[str, dict[s
     axes.set_title("Perplexity and memory: lower left is better", loc="left", fontsize=11)
     axes.margins(0.18, 0.18)
     FigureCanvasAgg(figure)
-    _place_labels(figure, axes, rows)
+    if _are_long(row["variant"] for row in rows):
+        _add_legend_below(figure, axes)
+    else:
+        _place_labels(figure, axes, rows)
     return figure
 
 
