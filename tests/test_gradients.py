@@ -1,5 +1,6 @@
 """Gradients of a step: norm and clipping against PyTorch's, and stepping inside the backward pass."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from velora_pretrain.config import MODES
 from velora_pretrain.display import Display
 from velora_pretrain.errors import UserError
-from velora_pretrain.gradients import Gradients
+from velora_pretrain.gradients import Gradients, first_not_finite
 from velora_pretrain.optim.adamw import AdamW
 from velora_pretrain.optim.flora import AccumulatingFloraAdafactor
 from velora_pretrain.prediction import predict_memory
@@ -94,6 +95,19 @@ def test_norm_and_clipping_are_pytorchs(max_norm: float) -> None:
     assert Gradients(ours, AdamW(ours.parameters())).clip(max_norm) == pytest.approx(norm.item(), rel=1e-6)
     for mine, yours in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, yours.grad)
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_a_norm_that_is_not_finite_does_not_hide_where_it_came_from(bad: float) -> None:
+    """Clipping by it would make every gradient NaN."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    gradients = Gradients(model, AdamW(model.parameters()))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    assert model[1].weight.grad is not None
+    model[1].weight.grad[1, 2] = bad
+    assert not math.isfinite(gradients.clip(1.0))
+    assert first_not_finite(model) == "the gradient of 1.weight"
 
 
 @pytest.mark.parametrize("in_backward", [False, True])
