@@ -100,12 +100,12 @@ def test_norm_and_clipping_are_pytorchs(max_norm: float) -> None:
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 def test_a_norm_that_is_not_finite_does_not_hide_where_it_came_from(bad: float) -> None:
     """Clipping by it would make every gradient NaN."""
-    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    first, second = nn.Linear(3, 3), nn.Linear(3, 3)
+    model = nn.Sequential(first, second)
     gradients = Gradients(model, AdamW(model.parameters()))
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
-    assert model[1].weight.grad is not None
-    model[1].weight.grad[1, 2] = bad
+    second.weight.grad = torch.full_like(second.weight, bad)
     assert not math.isfinite(gradients.clip(1.0))
     assert first_not_finite(model) == "the gradient of 1.weight"
 
