@@ -75,8 +75,6 @@ class Gradients:
     def of_micro_batch(self, number: int, count: int) -> Iterator[None]:
         """Around the backward pass of micro-batch `number`, counted from 1, of a step that has `count`."""
         self._is_last, self._is_only = number == count, count == 1
-        if number == 1:
-            self._norms.clear()
         yield
         if self._collects_after:
             for parameter in (p for p in self._parameters if p.grad is not None):
