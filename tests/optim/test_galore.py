@@ -258,6 +258,9 @@ def test_moments_are_kept_over_a_refresh() -> None:
 def test_matrices_that_a_projection_cannot_shrink_move_by_plain_adamw() -> None:
     parameters = [start(shape) for shape in ((24, RANK), (RANK, 24), (24, RANK + 1))]
     assert list(galore_rules(parameters, rank=RANK)) == parameters[2:]
+    # Nor do they take a turn from those that are refreshed.
+    rules = galore_rules([*parameters, *(start((24, RANK + 1)) for _ in range(3))], rank=RANK, update_gap=8)
+    assert [rule.offset for rule in rules.values()] == [0, 2, 4, 6]
 
 
 @pytest.mark.parametrize("finder", ["randomised", "svd"])
