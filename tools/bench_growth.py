@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from velora_pretrain.config import Run
+from velora_pretrain.plots import COLOURS
 from velora_pretrain.recipe import resolve
 from velora_pretrain.speed import Entry, compare_speed
 from velora_pretrain.variants import parse_variants
@@ -144,6 +145,7 @@ def plot(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, NullLocator
 
     kinds = {"seconds": ("matmul_operations", "seconds per step"), "peak_bytes": ("theory_bytes", "peak bytes")}
     figure, panels = pyplot.subplots(len(kinds), len(AXES), figsize=(12, 7), squeeze=False, layout="constrained")
@@ -156,12 +158,26 @@ def plot(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
                 own = sorted(
                     (row for row in rows if (row["axis"], row["mode"]) == (axis, mode)), key=lambda row: row["x"]
                 )
-                xs = [row["x"] for row in own]
-                panel.plot(xs, [row[key] for row in own], "o-", color=f"C{number}", label=mode)
+                xs, colour = [row["x"] for row in own], COLOURS[number % len(COLOURS)]
+                panel.plot(xs, [row[key] for row in own], "o-", color=colour, label=mode)
                 if own and (key == "seconds" or mode == "full"):
                     scaled = [row[theory] * own[0][key] / own[0][theory] for row in own]
-                    panel.plot(xs, scaled, "--", color=f"C{number}", alpha=0.6)
+                    panel.plot(
+                        xs,
+                        scaled,
+                        "--",
+                        color=colour,
+                        alpha=0.6,
+                        label=f"{mode}: slope of theory",
+                    )
             panel.set(xscale="log", yscale="log", xlabel=words, ylabel=label)
+            # Ticks at what was measured: those of a decade fall on each other where there is less than one.
+            panel.set_xticks(sorted({row["x"] for row in rows if row["axis"] == axis}))
+            panel.xaxis.set_major_formatter(EngFormatter(sep="", places=0) if axis == "size" else "{x:g}")
+            panel.xaxis.set_minor_locator(NullLocator())
+            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.yaxis.set_major_formatter(EngFormatter(sep=" ", places=0) if key == "peak_bytes" else "{x:g}")
+            panel.yaxis.set_minor_formatter(NullFormatter())
             panel.grid(which="both", alpha=0.2)
     figure.legend(*next(p for p in panels[0] if p.lines).get_legend_handles_labels(), loc="outside upper center")
     folder.mkdir(parents=True, exist_ok=True)
