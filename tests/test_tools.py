@@ -157,6 +157,10 @@ def test_check_gpu_tries_itself_on_a_cpu(tmp_path: Path) -> None:
     # On a CPU the prediction and the measurement are one tracker on fake and on real tensors.
     assert [row["measured_over_predicted"] for row in content["memory"]] == pytest.approx([1.0] * 6, rel=5e-3)
     assert {row["contender"] for row in content["speed"]} == {"transformers", "full", "velora-all"}
+    assert [row["contender"] for row in content["rate"]] == ["full", "velora-all"]
+    for row in content["rate"]:
+        assert row["model_flops_utilisation"] * row["gemm_operations_per_second"] == row["model_flops_per_second"]
+        assert 0 < row["model_flops_utilisation"] < 2
     assert len(content["checks"]) >= 16
 
 

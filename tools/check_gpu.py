@@ -5,6 +5,8 @@ Correct    logits and gradients against transformers; VeLoRA's gradient against 
            bf16 against float64.
 Memory     predicted peak of a step (no device used) against the allocator's after warm-up.
 Speed      the steps of `bench_step.py`, full rank as the baseline.
+Rate       model FLOP/s over the highest rate of matrix products of the model's shapes, eager and compiled; what full
+           rank needs is counted, in every mode.
 
 Matrix products in fp32 run without TF32, as PyTorch has it by default. Exit status 1 where a check fails. What does not
 fit into --deadline-seconds is left out and named. `--device cpu --quick` tries the whole at toy size.
@@ -29,8 +31,14 @@ from rich.console import Console
 from rich.table import Table
 
 from velora_pretrain.config import Precision
+from velora_pretrain.devices import WEIGHT_DTYPES
+from velora_pretrain.gemm_rate import GemmRate
 from velora_pretrain.nn.llama import Llama
 from velora_pretrain.prediction import USABLE_SHARE, predict_memory
+from velora_pretrain.speed import gemm_shapes
+
+RATE_SAMPLES = 5
+"""Of each shape of matrix product, before the steps and after them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +53,10 @@ class Plan:
     speed_contenders: tuple[str, ...]
     speed_precision: Precision
     speed_micro_batch_sequences: int
+    rate_sizes: tuple[str, ...]
+    rate_contenders: tuple[str, ...]
+    rate_precision: Precision
+    rate_micro_batch_sequences: int
     sequence_length: int
     rounds: int
     trajectory_steps: int
@@ -62,6 +74,10 @@ def plan_of(device: str, *, quick: bool) -> Plan:
             speed_contenders=("transformers", "full", "velora-all"),
             speed_precision="fp32",
             speed_micro_batch_sequences=1,
+            rate_sizes=("9m",),
+            rate_contenders=("full", "velora-all"),
+            rate_precision="fp32",
+            rate_micro_batch_sequences=1,
             sequence_length=32,
             rounds=1,
             trajectory_steps=5,
@@ -75,6 +91,10 @@ def plan_of(device: str, *, quick: bool) -> Plan:
         speed_contenders=("transformers", *MODES, "straightforward-velora", "straightforward-velora-all"),
         speed_precision="bf16-mixed",
         speed_micro_batch_sequences=64,
+        rate_sizes=("350m", "1b"),
+        rate_contenders=("full", "full:compiled", "velora-all", "velora-all:compiled"),
+        rate_precision="bf16",
+        rate_micro_batch_sequences=32,
         sequence_length=256,
         rounds=15,
         trajectory_steps=20,
@@ -88,6 +108,7 @@ class Report:
     checks: list[dict[str, Any]] = field(default_factory=list)
     memory: list[dict[str, Any]] = field(default_factory=list)
     speed: list[dict[str, Any]] = field(default_factory=list)
+    rate: list[dict[str, Any]] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
 
     @property
@@ -149,6 +170,43 @@ def measure_speed(report: Report, plan: Plan, size: str) -> None:
     gc.collect()
 
 
+def measure_rate(report: Report, plan: Plan, size: str) -> None:
+    """Model FLOP/s of one size against the rate of matrix products, which is sampled before and after."""
+    work = Work(
+        size=size,
+        micro_batch_sequences=plan.rate_micro_batch_sequences,
+        sequence_length=plan.sequence_length,
+        precision=plan.rate_precision,
+        device=plan.device,
+    )
+    gemm = GemmRate(
+        gemm_shapes(work.run_of("full")), dtype=WEIGHT_DTYPES[work.precision], device=torch.device(plan.device)
+    )
+    for _ in range(RATE_SAMPLES):
+        gemm.sample()
+    # One at a time: of 1b, memory does not hold all.
+    measured = measure(work, plan.rate_contenders, rounds=plan.rounds, warmup_steps=3, blocks=1)
+    for _ in range(RATE_SAMPLES):
+        gemm.sample()
+    rows = rows_of(measured, "full")
+    needed = next(row["matmul_operations"] for row in rows if row["contender"] == "full")
+    for row in rows:
+        model_flops_per_second = needed / row["wall_seconds"]["median"]
+        report.rate.append(
+            {
+                "size": size,
+                "precision": work.precision,
+                "micro_batch_sequences": work.micro_batch_sequences,
+                "sequence_length": work.sequence_length,
+                **row,
+                "model_flops_per_second": model_flops_per_second,
+                "gemm_operations_per_second": gemm.operations_per_second,
+                "model_flops_utilisation": model_flops_per_second / gemm.operations_per_second,
+            }
+        )
+    gc.collect()
+
+
 def stages(report: Report, plan: Plan) -> list[tuple[str, Callable[[], None]]]:
     """Everything that is to be done, in order."""
     checks = Checks(device=plan.device, trajectory_steps=plan.trajectory_steps, rows=report.checks)
@@ -160,6 +218,7 @@ def stages(report: Report, plan: Plan) -> list[tuple[str, Callable[[], None]]]:
             name = f"memory of {size} in {precision}"
             work.append((name, lambda size=size, precision=precision: measure_memory(report, plan, size, precision)))
     work.extend((f"speed of {size}", lambda size=size: measure_speed(report, plan, size)) for size in plan.speed_sizes)
+    work.extend((f"rate of {size}", lambda size=size: measure_rate(report, plan, size)) for size in plan.rate_sizes)
     return work
 
 
@@ -190,6 +249,15 @@ def print_report(report: Report, console: Console) -> None:
             f"{row['tokens_per_second']:,.0f} tokens/s",
             f"matmul limit × {row['matmul_limit_ratio']:.3f}",
             f"× {with_quartiles(row['wall_speed_ratio'], 3)} of {row['baseline']}",
+        )
+    for row in report.rate:
+        shape = f"{row['micro_batch_sequences']} × {row['sequence_length']}"
+        table.add_row(
+            f"rate, {row['size']} {row['contender']}",
+            f"{row['precision']}, {shape} tokens, {row['peak_bytes'] / MIB:,.0f} MiB",
+            f"{row['model_flops_per_second'] / 1e12:,.3f} TFLOP/s",
+            f"products {row['gemm_operations_per_second'] / 1e12:,.3f}",
+            f"{row['model_flops_utilisation']:.0%}",
         )
     console.print(table)
     for name in report.left_out:

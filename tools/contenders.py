@@ -12,7 +12,7 @@
                                 trained; torch.optim.AdamW
 
 `NAME:RECOMPUTE`, such as full:elementwise, is the same with that recomputation; transformers:block, with gradient
-checkpointing.
+checkpointing. `NAME:compiled` is one of the tool's own by torch.compile.
 
 With bf16 weights torch.optim.AdamW keeps bf16 moments, the tool's AdamW fp32 ones: not the same work.
 """
@@ -75,7 +75,9 @@ def settings_of(contender: str) -> dict[str, Any]:
         raise ValueError(f"{contender}: no contender; there are {', '.join(CONTENDERS)}")
     if not recompute:
         return CONTENDERS[name]
-    known = ("block",) if name in ON_TRANSFORMERS else get_args(Recompute)
+    if recompute == "compiled" and name not in ON_TRANSFORMERS:
+        return CONTENDERS[name] | {"compile": True}
+    known = ("block",) if name in ON_TRANSFORMERS else (*get_args(Recompute), "compiled")
     if recompute not in known:
         raise ValueError(f"{contender}: {name} recomputes {', '.join(known)}")
     return CONTENDERS[name] | {"memory.recompute": recompute}
