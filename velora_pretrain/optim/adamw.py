@@ -29,6 +29,7 @@ from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer
 
 from velora_pretrain.optim.moments import keep_moment, load_moment, wide
+from velora_pretrain.optim.parts import row_parts
 from velora_pretrain.optim.rounding import NEAREST, Rounding, StochasticStore, Store
 from velora_pretrain.optim.seeds import mixed_seed
 
@@ -101,9 +102,8 @@ def projected_step_(
 
 def _row_chunks(weight: Tensor, *coefficients: Tensor) -> Iterable[tuple[Tensor, ...]]:
     """Rows of (M, D) as (m, G, s), beside the same rows of (M, G) tensors, `UPDATE_ELEMENTS` at a time."""
-    rows = max(1, UPDATE_ELEMENTS // weight.shape[1])
     split = weight.unflatten(1, (coefficients[0].shape[1], -1))
-    chunks = list(zip(split.split(rows), *(c.split(rows) for c in coefficients), strict=True))
+    chunks = list(row_parts(UPDATE_ELEMENTS, split, *coefficients))
     # Without memory, three show all there is to see: two whole ones in a row, and a last one that may be smaller.
     return chunks[:2] + chunks[2:][-1:] if isinstance(weight, FakeTensor) else chunks
 
@@ -308,9 +308,7 @@ class AdamW(Optimizer):
         assert parameter.grad is not None
         state, store = self._counted_state(parameter), store_of(self._with_store(parameter, group))
         m, u = _moments(state, parameter)
-        whole = [torch.atleast_1d(tensor) for tensor in (parameter, parameter.grad, m, u)]
-        rows = max(1, WIDE_ELEMENTS // whole[0][0].numel())
-        for part, gradient, first, second in zip(*(tensor.split(rows) for tensor in whole), strict=True):
+        for part, gradient, first, second in row_parts(WIDE_ELEMENTS, parameter, parameter.grad, m, u):
             weight = part.to(m.dtype)
             # The kernel counts the step, which is one for all rows.
             _fused_adamw_([weight], [gradient.to(m.dtype)], [(first, second)], [state["step"].clone()], group)

@@ -44,6 +44,7 @@ from torch import Tensor, nn
 
 from velora_pretrain.optim.adamw import UPDATE_ELEMENTS, Rule, add_step_, move_moments
 from velora_pretrain.optim.moments import keep_moment, load_moment, wide
+from velora_pretrain.optim.parts import row_parts
 from velora_pretrain.optim.seeds import mixed_seed
 
 SQUARE_FLOOR = 1e-30
@@ -142,19 +143,12 @@ def precondition(gradient: Float[Tensor, " *shape"], scales: Scales) -> Float[Te
     return gradient * of_rows if of_columns is None else (gradient * of_rows).mul_(of_columns)
 
 
-def _row_parts(like: Tensor, *tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """The same rows of all, `UPDATE_ELEMENTS` of `like` at a time: bounds temporaries, and keeps them in a cache."""
-    whole = [torch.atleast_1d(tensor) for tensor in (like, *tensors)]
-    rows = max(1, UPDATE_ELEMENTS // whole[0][0].numel())
-    return zip(*(tensor.split(rows) for tensor in whole), strict=True)
-
-
 def _mean_squares(gradient: Float[Tensor, "rows columns"]) -> tuple[Float[Tensor, " rows"], Float[Tensor, " columns"]]:
     """Of each row and of each column."""
     # The squares of all are never in memory. Of columns, PyTorch's norm took a CPU 17 times as long as these sums.
     rows = torch.linalg.vector_norm(gradient, dim=1).square_()
     columns = torch.zeros_like(gradient[0])
-    for (part,) in _row_parts(gradient):
+    for (part,) in row_parts(UPDATE_ELEMENTS, gradient):
         columns += part.square().sum(0)
     num_rows, num_columns = gradient.shape
     return rows.div_(num_columns).add_(SQUARE_FLOOR), columns.div_(num_rows).add_(SQUARE_FLOOR)
@@ -172,7 +166,7 @@ class Adafactor:
         update = self._momentum(gradient, scales, state, group) if group["betas"][0] else precondition(gradient, scales)
         rms = torch.linalg.vector_norm(update) / math.sqrt(update.numel())
         shrink, decay = (rms / LARGEST_RMS).clamp_(min=1.0), group["lr"] * group["weight_decay"]
-        for weight, part in _row_parts(parameter, update):
+        for weight, part in row_parts(UPDATE_ELEMENTS, parameter, update):
             add_step_(weight, part / shrink, group, lr=group["lr"], decay=decay)
 
     def _take_gradient(self, parameter: Tensor, state: dict[str, Any]) -> Tensor:
@@ -183,7 +177,7 @@ class Adafactor:
     def _momentum(self, gradient: Tensor, scales: Scales, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
         """Moves the momentum by the preconditioned gradient, and gives what the step is along; not to be changed."""
         m, (of_rows, of_columns) = load_moment(state, "exp_avg", gradient), scales
-        for part, moment, scale in _row_parts(gradient, m, of_rows):
+        for part, moment, scale in row_parts(UPDATE_ELEMENTS, gradient, m, of_rows):
             moment.lerp_(precondition(part, (scale, of_columns)), 1 - group["betas"][0])
         keep_moment(state, "exp_avg", m, group["state_bits"])
         return m

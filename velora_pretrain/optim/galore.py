@@ -44,6 +44,7 @@ from torch import Tensor, nn
 
 from velora_pretrain.optim.adamw import UPDATE_ELEMENTS, add_step_, move_moments
 from velora_pretrain.optim.moments import wide
+from velora_pretrain.optim.parts import row_parts
 
 Finder = Literal["randomised", "svd"]
 
@@ -187,8 +188,7 @@ class GaLore:
         left, right = _factors(m.div_(root_u.add_(group["eps"])), state["projection"])
         lr, decay = group["lr"] * self.scale, group["lr"] * group["weight_decay"]
         # Some rows at a time, so that the step is never there in full size.
-        rows = max(1, UPDATE_ELEMENTS // parameter.shape[1])
-        for weight, coefficients in zip(parameter.split(rows), left.split(rows), strict=True):
+        for weight, coefficients in row_parts(UPDATE_ELEMENTS, parameter, left):
             add_step_(weight, coefficients @ right, group, lr=lr, decay=decay)
 
     def _low_rank_gradient(self, parameter: Tensor, state: dict[str, Any]) -> Tensor:

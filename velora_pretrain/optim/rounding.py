@@ -18,6 +18,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from velora_pretrain.optim.parts import row_parts
+
 Rounding = Literal["nearest", "stochastic"]
 
 ROUNDED_ELEMENTS = 2**22
@@ -67,9 +69,7 @@ class StochasticStore(Store):
             return
         if self._generator is None:
             self._generator = torch.Generator(narrow.device).manual_seed(self._seed)
-        rows = max(1, ROUNDED_ELEMENTS // max(1, narrow[0].numel())) if narrow.ndim else 1
-        pairs = zip(narrow.split(rows), value.split(rows), strict=True) if narrow.ndim else [(narrow, value)]
-        for part, values in pairs:
+        for part, values in row_parts(ROUNDED_ELEMENTS, narrow, value):
             part.copy_(round_stochastically(values, self._generator))
 
 
