@@ -78,6 +78,7 @@ def _loss_and_gradients(
                     d_weight += p.t() @ h
             # Else it would still be there beside the next chunk's.
             del p
+    del scores
     return nats, d_hidden, d_weight.to(weight.dtype)
 
 
