@@ -162,14 +162,7 @@ def plot(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
                 panel.plot(xs, [row[key] for row in own], "o-", color=colour, label=mode)
                 if own and (key == "seconds" or mode == "full"):
                     scaled = [row[theory] * own[0][key] / own[0][theory] for row in own]
-                    panel.plot(
-                        xs,
-                        scaled,
-                        "--",
-                        color=colour,
-                        alpha=0.6,
-                        label=f"{mode}: slope of theory",
-                    )
+                    panel.plot(xs, scaled, "--", color=colour, alpha=0.6, label=f"{mode}: slope of theory")
             panel.set(xscale="log", yscale="log", xlabel=words, ylabel=label)
             # Ticks at what was measured: those of a decade fall on each other where there is less than one.
             panel.set_xticks(sorted({row["x"] for row in rows if row["axis"] == axis}))

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, get_args
@@ -92,7 +92,13 @@ class Measurement:
 
 
 def measure(
-    work: Work, names: Sequence[str], *, rounds: int, warmup_steps: int = 2, blocks: int = 0
+    work: Work,
+    names: Sequence[str],
+    *,
+    rounds: int,
+    warmup_steps: int = 2,
+    blocks: int = 0,
+    beside: Callable[[int], object] = lambda index: None,
 ) -> list[Measurement]:
     """Steps of all contenders in turn.
 
@@ -103,6 +109,7 @@ def measure(
         warmup_steps: untimed steps of each, before.
         blocks: 0 keeps all contenders at once and alternates steps; else each is built anew for each of so many blocks
             of rounds.
+        beside: called after each round, with its number from 0.
     """
     initial, prepared = Llama(work.run_of(names[0]).llama, seed=0), {}
 
@@ -111,7 +118,7 @@ def measure(
         prepared[name] = {"first_loss_nats_per_token": done.first_loss_nats_per_token, "peak_bytes": done.peak_bytes}
         return done.contender
 
-    measured = timing.measure(names, ready, rounds=rounds, blocks=blocks)
+    measured = timing.measure(names, ready, rounds=rounds, blocks=blocks, beside=beside)
     return [Measurement(times=measured[name], **prepared[name]) for name in names]
 
 
@@ -168,8 +175,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--contenders",
         nargs="+",
         default=list(CONTENDERS)[:4],
-        metavar="NAME[:RECOMPUTE]",
-        help=f"of {', '.join(CONTENDERS)}; :elementwise, :mlp or :block recomputes",
+        metavar="NAME[:HOW]",
+        help=f"of {', '.join(CONTENDERS)}; HOW is elementwise, mlp or block, which is recomputed, or compiled",
     )
     parser.add_argument("--baseline", help="by default the first contender", metavar="NAME")
     parser.add_argument("--rounds", type=int, default=10, help="timed steps of each contender")

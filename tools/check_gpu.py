@@ -18,7 +18,7 @@ import argparse
 import gc
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,14 +31,10 @@ from rich.console import Console
 from rich.table import Table
 
 from velora_pretrain.config import Precision
-from velora_pretrain.devices import WEIGHT_DTYPES
 from velora_pretrain.gemm_rate import GemmRate
 from velora_pretrain.nn.llama import Llama
 from velora_pretrain.prediction import USABLE_SHARE, predict_memory
-from velora_pretrain.speed import gemm_shapes
-
-RATE_SAMPLES = 5
-"""Of each shape of matrix product, before the steps and after them."""
+from velora_pretrain.speed import gemm_shapes, product_dtype, utilisation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,15 +113,30 @@ class Report:
         return all(row["ok"] for row in (*self.checks, *self.memory))
 
 
-def measure_memory(report: Report, plan: Plan, size: str, precision: Precision) -> None:
-    """Peak of a step, predicted and measured, of each mode."""
-    work = Work(
+def work_of(plan: Plan, size: str, precision: Precision, micro_batch_sequences: int) -> Work:
+    """A step of one micro-batch."""
+    return Work(
         size=size,
-        micro_batch_sequences=plan.memory_micro_batch_sequences,
+        micro_batch_sequences=micro_batch_sequences,
         sequence_length=plan.sequence_length,
         precision=precision,
         device=plan.device,
     )
+
+
+def shape_of(work: Work) -> dict[str, Any]:
+    """What every row of a step says of it."""
+    return {
+        "size": work.size,
+        "precision": work.precision,
+        "micro_batch_sequences": work.micro_batch_sequences,
+        "sequence_length": work.sequence_length,
+    }
+
+
+def measure_memory(report: Report, plan: Plan, size: str, precision: Precision) -> None:
+    """Peak of a step, predicted and measured, of each mode."""
+    work = work_of(plan, size, precision, plan.memory_micro_batch_sequences)
     initial = Llama(work.run_of("full").llama, seed=0)
     for name in MODES:
         predicted = predict_memory(work.run_of(name), work.micro_batch_sequences, accumulates=False)
@@ -133,11 +144,8 @@ def measure_memory(report: Report, plan: Plan, size: str, precision: Precision) 
         ratio = contender.peak_bytes / predicted.peak_bytes
         report.memory.append(
             {
-                "size": size,
+                **shape_of(work),
                 "mode": name,
-                "precision": precision,
-                "micro_batch_sequences": work.micro_batch_sequences,
-                "sequence_length": work.sequence_length,
                 "predicted_peak_bytes": predicted.peak_bytes,
                 "measured_peak_bytes": contender.peak_bytes,
                 "measured_over_predicted": ratio,
@@ -151,59 +159,31 @@ def measure_memory(report: Report, plan: Plan, size: str, precision: Precision) 
 
 def measure_speed(report: Report, plan: Plan, size: str) -> None:
     """Rows of `bench_step.py` for one size."""
-    work = Work(
-        size=size,
-        micro_batch_sequences=plan.speed_micro_batch_sequences,
-        sequence_length=plan.sequence_length,
-        precision=plan.speed_precision,
-        device=plan.device,
-    )
+    work = work_of(plan, size, plan.speed_precision, plan.speed_micro_batch_sequences)
     measured = measure(work, plan.speed_contenders, rounds=plan.rounds, warmup_steps=3)
-    shape = {
-        "size": size,
-        "precision": work.precision,
-        "micro_batch_sequences": work.micro_batch_sequences,
-        "sequence_length": work.sequence_length,
-        "baseline": "full",
-    }
-    report.speed.extend({**shape, **row} for row in rows_of(measured, "full"))
+    report.speed.extend({**shape_of(work), "baseline": "full", **row} for row in rows_of(measured, "full"))
     gc.collect()
 
 
 def measure_rate(report: Report, plan: Plan, size: str) -> None:
-    """Model FLOP/s of one size against the rate of matrix products, which is sampled before and after."""
-    work = Work(
-        size=size,
-        micro_batch_sequences=plan.rate_micro_batch_sequences,
-        sequence_length=plan.sequence_length,
-        precision=plan.rate_precision,
-        device=plan.device,
+    """The same one at a time, for memory does not hold all of 1b, against the rate of matrix products meanwhile."""
+    work = work_of(plan, size, plan.rate_precision, plan.rate_micro_batch_sequences)
+    run = work.run_of("full")
+    gemm = GemmRate(gemm_shapes(run), dtype=product_dtype(run), device=torch.device(plan.device))
+    measured = measure(
+        work, plan.rate_contenders, rounds=plan.rounds, warmup_steps=3, blocks=1, beside=lambda index: gemm.sample()
     )
-    gemm = GemmRate(
-        gemm_shapes(work.run_of("full")), dtype=WEIGHT_DTYPES[work.precision], device=torch.device(plan.device)
+    rate = gemm.operations_per_second
+    needed = next(one.times.operations for one in measured if one.times.name == "full")
+    report.rate.extend(
+        {
+            **shape_of(work),
+            **row,
+            **utilisation(one.times, needed, rate),
+            "gemm_operations_per_second": rate,
+        }
+        for one, row in zip(measured, rows_of(measured, "full"), strict=True)
     )
-    for _ in range(RATE_SAMPLES):
-        gemm.sample()
-    # One at a time: of 1b, memory does not hold all.
-    measured = measure(work, plan.rate_contenders, rounds=plan.rounds, warmup_steps=3, blocks=1)
-    for _ in range(RATE_SAMPLES):
-        gemm.sample()
-    rows = rows_of(measured, "full")
-    needed = next(row["matmul_operations"] for row in rows if row["contender"] == "full")
-    for row in rows:
-        model_flops_per_second = needed / row["wall_seconds"]["median"]
-        report.rate.append(
-            {
-                "size": size,
-                "precision": work.precision,
-                "micro_batch_sequences": work.micro_batch_sequences,
-                "sequence_length": work.sequence_length,
-                **row,
-                "model_flops_per_second": model_flops_per_second,
-                "gemm_operations_per_second": gemm.operations_per_second,
-                "model_flops_utilisation": model_flops_per_second / gemm.operations_per_second,
-            }
-        )
     gc.collect()
 
 
@@ -233,28 +213,25 @@ def print_report(report: Report, console: Console) -> None:
         figures = (f"{row['value']:.2e}", f"≤ {row['limit']:.2e}")
         table.add_row(row["check"], row["setting"], *figures, _verdict(row["ok"]))
     for row in report.memory:
-        shape = f"{row['micro_batch_sequences']} × {row['sequence_length']}"
         table.add_row(
             f"peak memory, {row['size']} {row['mode']}",
-            f"{row['precision']}, {shape} tokens",
+            _setting(row),
             f"{row['measured_peak_bytes'] / MIB:,.0f} MiB",
             f"predicted {row['predicted_peak_bytes'] / MIB:,.0f} MiB",
             f"× {row['measured_over_predicted']:.3f} {_verdict(row['ok'])}",
         )
     for row in report.speed:
-        shape = f"{row['micro_batch_sequences']} × {row['sequence_length']}"
         table.add_row(
             f"speed, {row['size']} {row['contender']}",
-            f"{row['precision']}, {shape} tokens, {row['peak_bytes'] / MIB:,.0f} MiB",
+            f"{_setting(row)}, {row['peak_bytes'] / MIB:,.0f} MiB",
             f"{row['tokens_per_second']:,.0f} tokens/s",
             f"matmul limit × {row['matmul_limit_ratio']:.3f}",
             f"× {with_quartiles(row['wall_speed_ratio'], 3)} of {row['baseline']}",
         )
     for row in report.rate:
-        shape = f"{row['micro_batch_sequences']} × {row['sequence_length']}"
         table.add_row(
             f"rate, {row['size']} {row['contender']}",
-            f"{row['precision']}, {shape} tokens, {row['peak_bytes'] / MIB:,.0f} MiB",
+            f"{_setting(row)}, {row['peak_bytes'] / MIB:,.0f} MiB",
             f"{row['model_flops_per_second'] / 1e12:,.3f} TFLOP/s",
             f"products {row['gemm_operations_per_second'] / 1e12:,.3f}",
             f"{row['model_flops_utilisation']:.0%}",
@@ -262,6 +239,10 @@ def print_report(report: Report, console: Console) -> None:
     console.print(table)
     for name in report.left_out:
         console.print(f"left out: {name}")
+
+
+def _setting(row: Mapping[str, Any]) -> str:
+    return f"{row['precision']}, {row['micro_batch_sequences']} × {row['sequence_length']} tokens"
 
 
 def _verdict(is_ok: bool) -> str:

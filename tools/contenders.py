@@ -68,19 +68,17 @@ def settings_of(contender: str) -> dict[str, Any]:
     """What a contender sets in a recipe.
 
     Raises:
-        ValueError: there is none of that name, or it does not recompute so.
+        ValueError: there is none of that name, or it has no such way.
     """
-    name, _, recompute = contender.partition(":")
+    name, _, how = contender.partition(":")
     if name not in CONTENDERS:
         raise ValueError(f"{contender}: no contender; there are {', '.join(CONTENDERS)}")
-    if not recompute:
+    if not how:
         return CONTENDERS[name]
-    if recompute == "compiled" and name not in ON_TRANSFORMERS:
-        return CONTENDERS[name] | {"compile": True}
     known = ("block",) if name in ON_TRANSFORMERS else (*get_args(Recompute), "compiled")
-    if recompute not in known:
-        raise ValueError(f"{contender}: {name} recomputes {', '.join(known)}")
-    return CONTENDERS[name] | {"memory.recompute": recompute}
+    if how not in known:
+        raise ValueError(f"{contender}: {name} has {', '.join(known)}")
+    return CONTENDERS[name] | ({"compile": True} if how == "compiled" else {"memory.recompute": how})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,7 +221,8 @@ def adapted_outline(run: Run) -> Llama:
 def build(name: str, work: Work, initial: Llama, micro_batches: Sequence[tuple[Tensor, Tensor]]) -> Contender:
     """A contender with the weights of `initial`, on its device; v, where it has one, is taken from `micro_batches`."""
     run, device = work.run_of(name), torch.device(work.device)
-    if name.partition(":")[0] in ON_TRANSFORMERS:
+    name = name.partition(":")[0]
+    if name in ON_TRANSFORMERS:
         contender = _build_on_transformers(name, work, run, initial)
     else:
         model = Llama(run.llama, recompute=run.memory.recompute)
@@ -253,12 +252,12 @@ def _build_on_transformers(name: str, work: Work, run: Run, initial: Llama) -> C
         layers = {path: m for path, m in adapted_outline(run).named_modules() if isinstance(m, VeLoRALinear)}
         groups = {path.rpartition(".")[2]: layer.direction.num_groups for path, layer in layers.items()}
         compress_straightforwardly(model, groups)
-    elif name.startswith("peft-lora"):
+    elif name == "peft-lora":
         model = _with_adapters(model, run)
     model.to(work.device).train()
     if run.memory.recompute == "block":
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    if name.startswith("galore-torch"):
+    if name == "galore-torch":
         paces = {steps: _galore_torch(model, run, steps) for steps in (NEVER, 1)}
     else:
         paces = {NEVER: _adamw(model, run)}

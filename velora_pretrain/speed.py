@@ -76,7 +76,7 @@ def compare_speed(
         warm_up(contender, measured, warmup_steps)
         return contender
 
-    gemm = GemmRate(gemm_shapes(first), dtype=_product_dtype(first), device=device)
+    gemm = GemmRate(gemm_shapes(first), dtype=product_dtype(first), device=device)
     measured = measure(names, build, rounds=rounds, blocks=blocks, beside=lambda index: gemm.sample())
     baseline = next((name for name, e in zip(names, entries, strict=True) if e.run.mode == BASELINE), names[0])
     model_operations = next(
@@ -90,7 +90,7 @@ def compare_speed(
             "predicted": asdict(use),
             "measured": None,
             **figures_of(measured[name], measured[baseline]),
-            **_utilisation(measured[name], model_operations, gemm.operations_per_second),
+            **utilisation(measured[name], model_operations, gemm.operations_per_second),
             **_optimizer_share(measured[name], entry.run),
         }
         for name, entry, use in zip(names, entries, uses, strict=True)
@@ -106,7 +106,7 @@ def compare_speed(
         },
         "gemm": {
             "operations_per_second": gemm.operations_per_second,
-            "dtype": str(_product_dtype(first)).removeprefix("torch."),
+            "dtype": str(product_dtype(first)).removeprefix("torch."),
             "shapes": {
                 name: {"shape": list(gemm_shapes(first)[name]), "operations_per_second": spread(samples)}
                 for name, samples in gemm.samples.items()
@@ -128,7 +128,7 @@ def fit_together(entries: Sequence[Entry], uses: Sequence[MemoryUse], free_bytes
     return kept_bytes + largest_bytes <= USABLE_SHARE * free_bytes
 
 
-def _utilisation(measured: Measured, model_operations: int, operations_per_second: float) -> dict[str, float]:
+def utilisation(measured: Measured, model_operations: int, operations_per_second: float) -> dict[str, float]:
     """Model FLOP/s count what full rank needs without recomputation, in every mode; the matmul's, what is done."""
     seconds = statistics.median(step.wall_seconds for step in measured.amortised_steps)
     return {
@@ -191,5 +191,6 @@ def _is_plain(run: Run) -> bool:
     return run.mode == BASELINE and run.memory.recompute == "none"
 
 
-def _product_dtype(run: Run) -> torch.dtype:
+def product_dtype(run: Run) -> torch.dtype:
+    """Format of the operands of a run's matrix products."""
     return torch.float32 if run.precision == "fp32" else torch.bfloat16
