@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
-from velora_pretrain import checkpoint
+from velora_pretrain import checkpoint, checkpoint_files
 from velora_pretrain.data.tokenizer import load_tokenizer
 from velora_pretrain.errors import UserError
 from velora_pretrain.hugging_face import load_llama, read_config
@@ -41,17 +42,23 @@ class Trained:
         self.mode.after_step(self.model, self.optimizer, number + 1)
         self.optimizer.zero_grad()
 
-    def save(self, folder: RunFolder, step: int = 2, keep_last: int = 2) -> Path:
-        return checkpoint.save(
-            folder,
+    def snapshot(self, step: int = 2) -> checkpoint.Snapshot:
+        return checkpoint.take_snapshot(
             step=step,
             model=self.model,
             config=self.run.llama,
             optimizer=self.optimizer,
             progress={"tokens": 7, "cursor": {"epoch": 1}},
             token_ids={"pad_token_id": 0, "eos_token_id": 1},
+        )
+
+    def save(self, folder: RunFolder, step: int = 2, keep_last: int = 2, keep_every_steps: int = 0) -> Path:
+        return checkpoint.write(
+            folder,
+            self.snapshot(step),
             save_tokenizer=load_tokenizer(self.run.tokenizer).save_pretrained,
             keep_last=keep_last,
+            keep_every_steps=keep_every_steps,
         )
 
 
@@ -74,7 +81,7 @@ def test_restored_is_what_was_saved_and_goes_on_bitwise(
     run = tiny_run(mode=mode, precision=precision, **changes)
     trained = Trained(run)
     path = trained.save(RunFolder(tmp_path))
-    assert checkpoint.verified_state(path)["cursor"] == {"epoch": 1}
+    assert checkpoint_files.verified_state(path)["cursor"] == {"epoch": 1}
     again = Trained(run, steps=0)
     checkpoint.restore(path, model=again.model, optimizer=again.optimizer)
     for step in (2, 3):
@@ -136,7 +143,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(
         changed = content[: len(content) // 2] if damage == "cut short" else b"#" + content[1:]
         (newer / file).write_bytes(changed)
     warnings: list[str] = []
-    found = checkpoint.newest_whole(folder, warnings.append)
+    found = checkpoint_files.newest_whole(folder, warnings.append)
     assert found is not None
     assert found[0] == older
     assert len(warnings) == 1
@@ -161,7 +168,7 @@ def test_a_save_that_fails_leaves_the_earlier_checkpoint_and_nothing_else(
             ):
                 trained.save(folder, step=3)
     assert [path.name for path in folder.checkpoints.iterdir()] == [first.name]
-    checkpoint.verified_state(first)
+    checkpoint_files.verified_state(first)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system")
@@ -180,9 +187,118 @@ def test_a_disk_that_really_fills_up(tiny_run: Callable[..., Any], tmp_path: Pat
         with pytest.raises(UserError, match="step-00000003: the checkpoint could not be written"):
             trained.save(folder, step=3)
         assert [path.name for path in folder.checkpoints.iterdir()] == [first.name]
-        checkpoint.verified_state(first)
+        checkpoint_files.verified_state(first)
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_every_so_many_steps_one_is_kept_for_good(tiny_run: Callable[..., Any], tmp_path: Path) -> None:
+    trained, folder = Trained(tiny_run()), RunFolder(tmp_path)
+    for step in (2, 4, 6, 8, 10):
+        trained.save(folder, step=step, keep_last=1, keep_every_steps=4)
+    assert [path.name[-2:] for path in folder.checkpoints_newest_first()] == ["10", "08", "04"]
+
+
+def test_what_a_killed_process_has_left_is_removed(tiny_run: Callable[..., Any], tmp_path: Path) -> None:
+    trained, folder = Trained(tiny_run()), RunFolder(tmp_path)
+    for name in (".step-00000001.tmp", ".step-00000000.old"):
+        (folder.checkpoints / name / "deep").mkdir(parents=True)
+    trained.save(folder)
+    assert [path.name for path in folder.checkpoints.iterdir()] == ["step-00000002"]
+
+
+def test_no_part_of_a_checkpoint_stands_under_its_name_while_it_is_removed(
+    tiny_run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained, folder = Trained(tiny_run()), RunFolder(tmp_path)
+    trained.save(folder, step=2, keep_last=1)
+    removed: list[str] = []
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda path, **_: removed.append(Path(path).name))
+    trained.save(folder, step=3, keep_last=1)
+    assert removed == [".step-00000002.old"]
+    assert [path.name for path in folder.checkpoints_newest_first()] == ["step-00000003"]
+
+
+def rewritten(path: Path, file: str, tensors: dict[str, torch.Tensor]) -> None:
+    """Puts other tensors into a checkpoint, with the hashes that belong to them: what a hostile writer would do."""
+    save_file(tensors, path / file)
+    state = json.loads((path / "training_state.json").read_text())
+    state["sha256"][file] = checkpoint_files.sha256_of(path / file)
+    (path / "training_state.json").write_text(json.dumps(state))
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "shape", "message"),
+    [
+        ("model.safetensors", "lm_head.weight", (128, 33), r"has shape \(128, 33\), the model's is \(128, 32\)"),
+        ("model.safetensors", "model.more.weight", (2,), "is no tensor of this model"),
+        ("training_state.safetensors", "model.model.norm.weight", (33,), r"has shape \(33,\)"),
+        ("training_state.safetensors", "optimizer.lm_head.weight.exp_avg", (3, 128, 1024), "far more than"),
+        ("training_state.safetensors", "optimizer.nobody.exp_avg", (2,), "belongs to no parameter"),
+        ("training_state.safetensors", "random.cpu", (1 << 17,), "is no random state"),
+        ("training_state.safetensors", "other", (2,), "is no tensor of this model"),
+    ],
+)
+def test_a_file_that_holds_something_else_is_refused_before_it_is_read(
+    tiny_run: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    file: str,
+    name: str,
+    shape: tuple[int, ...],
+    message: str,
+) -> None:
+    trained = Trained(tiny_run())
+    path = trained.save(RunFolder(tmp_path))
+    rewritten(path, file, load_file(path / file) | {name: torch.zeros(shape)})
+    checkpoint_files.verified_state(path)
+    read: list[Path] = []
+    read_tensors = checkpoint_files.read_tensors
+    monkeypatch.setattr(checkpoint, "read_tensors", lambda file, names: read.append(file) or read_tensors(file, names))
+    with pytest.raises(UserError, match=message):
+        checkpoint.restore(path, model=trained.model, optimizer=trained.optimizer)
+    assert path / file not in read
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "random.cpu"])
+def test_a_tensor_that_is_missing_is_named(tiny_run: Callable[..., Any], tmp_path: Path, name: str) -> None:
+    trained = Trained(tiny_run())
+    path = trained.save(RunFolder(tmp_path))
+    for file in ("model.safetensors", "training_state.safetensors"):
+        rewritten(path, file, {key: tensor for key, tensor in load_file(path / file).items() if key != name})
+    with pytest.raises(UserError, match=f"holds no {name}"):
+        checkpoint.restore(path, model=trained.model, optimizer=trained.optimizer)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sha256": {"../../secret": "0"}}, "'../../secret' is no name of a file of this folder"),
+        ({"sha256": {"config.json": "0"}}, "does not name model.safetensors"),
+        ({"sha256": [1]}, "names no files"),
+        ({"step": "many"}, "step is 'many'"),
+        ({"step": 3}, "cannot be those of step-00000002"),
+        ({"tokens": -1}, "cannot be those of"),
+        ({"cursor": [0]}, "cursor is"),
+        ({"padding": "x" * (1 << 24)}, "larger than"),
+    ],
+)
+def test_a_state_that_says_what_it_cannot_is_damaged(
+    tiny_run: Callable[..., Any], tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    path = Trained(tiny_run()).save(RunFolder(tmp_path))
+    file = path / "training_state.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(checkpoint_files.DamagedCheckpoint, match=message):
+        checkpoint_files.verified_state(path)
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"[]", b"\xff\xfe", b""])
+def test_a_state_that_is_no_object_is_damaged(tiny_run: Callable[..., Any], tmp_path: Path, content: bytes) -> None:
+    path = Trained(tiny_run()).save(RunFolder(tmp_path))
+    (path / "training_state.json").write_bytes(content)
+    with pytest.raises(checkpoint_files.DamagedCheckpoint, match=r"training_state\.json cannot be read"):
+        checkpoint_files.verified_state(path)
 
 
 def test_there_is_no_pickle(tiny_run: Callable[..., Any], tmp_path: Path) -> None:
@@ -225,9 +341,13 @@ def test_foreign_folders_sharded_and_tied(tmp_path: Path) -> None:
     )
     theirs = transformers.LlamaForCausalLM(config)
     theirs.save_pretrained(tmp_path, max_shard_size="4KB")
-    assert (tmp_path / "model.safetensors.index.json").exists()
+    index = tmp_path / "model.safetensors.index.json"
     tokens = torch.randint(0, 50, (2, 9))
     assert (load_llama(tmp_path).logits(tokens) - theirs(tokens).logits).abs().max() < 1e-5
+    for files in ({"a": "../elsewhere.safetensors"}, {"a": 3}, {}, []):
+        index.write_text(json.dumps({"weight_map": files}))
+        with pytest.raises(UserError, match="weight_map does not name files of its folder"):
+            load_llama(tmp_path)
 
 
 def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
@@ -238,6 +358,12 @@ def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
         load_llama(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
     with pytest.raises(UserError, match=r"the weights hold no model\.layers\.1"):
+        load_llama(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**12}))
+    with pytest.raises(UserError, match=r"the weights hold no model\.layers\.999999999999"):
+        load_llama(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 10**15}))
+    with pytest.raises(UserError, match=r"config\.json asks for \(1000000000000000, 16\)"):
         load_llama(tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:500])

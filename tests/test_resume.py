@@ -146,7 +146,7 @@ def test_killed_and_resumed_again_and_again(tiny_recipe: Callable[..., Path], tm
     expected = straight(recipe, tmp_path / "straight")
     folder = tmp_path / "killed"
     killed_at("backward", 10, "train", "--recipe", str(recipe), "--run-dir", str(folder))
-    assert len(list((folder / "checkpoints").glob("step-*"))) == 2
+    assert (folder / "checkpoints" / "step-00000002").is_dir()  # that of step 4 may be under way
     killed_at("bringing to disk", 3, "train", "--resume", "--run-dir", str(folder))
     killed_at("optimizer", 2, "train", "--resume", "--run-dir", str(folder))
     finished = runs.tool("train", "--resume", "--run-dir", str(folder))
@@ -224,3 +224,74 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
     finished = runs.tool("train", "--resume", "--run-dir", str(folder))
     assert finished.returncode == 0, finished.stderr
     assert outcome(folder) == expected
+
+
+@pytest.mark.parametrize(
+    ("mode", "changes", "step", "saved", "second"),
+    [
+        ("full", {}, 4, 3, signal.SIGINT),  # saved by the second signal
+        ("flora", {}, 4, 3, signal.SIGTERM),  # what was summed of step 4 in a subspace is dropped
+        # Weights have moved: what is there already is used.
+        ("flora adamw in backward", {"checkpoint__every_steps": 3}, 4, 3, signal.SIGTERM),
+        ("full", {}, 1, 0, signal.SIGINT),  # nothing was done
+    ],
+)
+def test_a_second_signal_leaves_the_step_and_loses_no_other(
+    tiny_recipe: Callable[..., Path],
+    tmp_path: Path,
+    mode: str,
+    changes: dict[str, Any],
+    step: int,
+    saved: int,
+    second: signal.Signals,
+) -> None:
+    recipe = recipe_of(tiny_recipe, mode, **{"checkpoint__every_steps": 0} | changes)
+    folder = tmp_path / "left"
+    stopped = signalled_twice(recipe, folder, step, second)
+    assert stopped.returncode == 130, stopped.stderr
+    assert f"left step {step} of {STEPS} unfinished" in stopped.stdout
+    kept = [path.name for path in folder.glob("checkpoints/step-*")]
+    assert kept == ([f"step-{saved:08d}"] if saved else [])
+    expected = straight(recipe, tmp_path / "straight")
+    again = ["--resume"] if saved else ["--recipe", str(recipe)]
+    finished = runs.tool("train", *again, "--run-dir", str(folder))
+    assert finished.returncode == 0, finished.stderr
+    assert outcome(folder) == expected
+
+
+@pytest.mark.parametrize("mode", ["velora", "flora adamw in backward"])
+def test_a_second_signal_waits_where_leaving_would_lose_more(
+    tiny_recipe: Callable[..., Path], tmp_path: Path, mode: str
+) -> None:
+    """A direction has turned, or weights have moved, since the last step, and no checkpoint is there."""
+    recipe = recipe_of(tiny_recipe, mode, checkpoint__every_steps=0)
+    stopped = signalled_twice(recipe, tmp_path / "left", 3, signal.SIGTERM)
+    assert stopped.returncode == 130, stopped.stderr
+    assert "left step 4 of 6 unfinished" in stopped.stdout or "stopped after step 3 of 6" in stopped.stdout
+    assert [path.name for path in (tmp_path / "left").glob("checkpoints/step-*")] == ["step-00000003"]
+
+
+def signalled_twice(recipe: Path, folder: Path, step: int, second: signal.Signals) -> subprocess.CompletedProcess[str]:
+    """Runs the tool and sends two signals within the last backward pass of a step, as a user who is in a hurry does."""
+    code = (
+        "import os, signal, sys, torch\n"
+        "from velora_pretrain import cli, signals\n"
+        "signals.SAME_REQUEST_SECONDS = 0.0\n"
+        "original, calls = torch.Tensor.backward, []\n"
+        "def signalled(*args, **kwargs):\n"
+        "    calls.append(1)\n"
+        f"    if len(calls) == {2 * step}:\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        f"        os.kill(os.getpid(), {int(second)})\n"
+        "    return original(*args, **kwargs)\n"
+        "torch.Tensor.backward = signalled\n"
+        "cli.main()\n"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code, "train", "--recipe", str(recipe), "--run-dir", str(folder)],
+        env=runs.environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )

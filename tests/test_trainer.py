@@ -24,7 +24,7 @@ from velora_pretrain.nn.llama import Llama
 from velora_pretrain.optim.adamw import AdamW
 from velora_pretrain.recipe import build_run, read_recipe
 from velora_pretrain.records import RunFolder
-from velora_pretrain.trainer import Trainer, step_seed, train
+from velora_pretrain.trainer import FAILURES_IN_A_ROW, Trainer, step_seed, train
 
 
 class Silent(Display):
@@ -347,6 +347,118 @@ def test_an_infinite_gradient_is_named(
     for clip_norm in (0.0, 1.0):
         with pytest.raises(UserError, match=r"step 1: the loss is 4\..*: the gradient of model\.norm\.weight\."):
             trained(tiny_run(optimizer__clip_norm=clip_norm), tmp_path)
+
+
+def failing_in(steps: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the backward passes of these steps, counted as they are tried, give what is no number."""
+    backward, tried = Trainer._backward, 0
+
+    def poisoned(self: Trainer, *args: Any) -> float:
+        nonlocal tried
+        nats = backward(self, *args)
+        tried += 1
+        return math.nan if tried in steps else nats
+
+    monkeypatch.setattr(Trainer, "_backward", poisoned)
+
+
+@pytest.mark.parametrize("mode", ["full", "galore", "lora", "flora", "velora"])
+def test_a_step_that_fails_can_be_skipped_and_is_counted(
+    tiny_run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    run = tiny_run(mode=mode, optimizer__not_finite="skip", schedule__steps=5, batch__micro_batch=4)
+    states: list[dict[str, torch.Tensor]] = []
+    step = Trainer._step
+
+    def watched(self: Trainer, *args: Any) -> Any:
+        end = step(self, *args)
+        states.append({name: tensor.clone() for name, tensor in self.model.state_dict().items()})
+        return end
+
+    monkeypatch.setattr(Trainer, "_step", watched)
+    failing_in({3}, monkeypatch)
+    summary = trained(run, tmp_path)
+    assert all(torch.equal(states[1][name], tensor) for name, tensor in states[2].items())
+    assert any(not torch.equal(states[2][name], tensor) for name, tensor in states[3].items())
+    assert records(tmp_path, "skipped_steps") == [1, 1, 1]
+    assert [loss is None for loss in records(tmp_path, "loss_nats_per_token")] == [False, False, True, False, False]
+    assert (summary["steps"], summary["skipped_steps"], summary["rollbacks"]) == (5, 1, 0)
+
+
+@pytest.mark.parametrize("update", ["step", "in_backward"])
+@pytest.mark.parametrize("mode", ["full", "galore", "lora", "flora", "velora"])
+def test_a_run_can_go_back_and_on_with_the_next_data(
+    tiny_run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, update: str
+) -> None:
+    """What follows is what a run gives that never saw the data from the checkpoint up to the failure."""
+    run = tiny_run(
+        mode=mode,
+        optimizer__not_finite="rollback",
+        optimizer__update=update,
+        checkpoint__every_steps=2,
+        evaluation__every_steps=2,
+        checkpoint__background=False,
+        modes__velora__refresh_every=2,
+        modes__lora__restart_every=3,
+    )
+    step = Trainer._step
+    with monkeypatch.context() as patch:
+        failing_in({4}, patch)
+        summary = trained(run, tmp_path / "failing")
+    assert (summary["steps"], summary["skipped_steps"], summary["rollbacks"]) == (6, 0, 1)
+    assert records(tmp_path / "failing", "step") == [1, 2, 2, 3, 4, 4, 5, 6, 6]
+    assert records(tmp_path / "failing", "rollbacks") == [1, 1, 1, 1]
+    # Steps 3 and 4 were read, and never trained on: the same run, made to pass over their batches.
+    moved: list[int] = []
+
+    def skipping(self: Trainer, loader: Any) -> Any:
+        if self.done_steps == 2 and not moved:
+            moved.extend(1 for _ in (next(loader), next(loader)))
+        return step(self, loader)
+
+    monkeypatch.setattr(Trainer, "_step", skipping)
+    trained(run, tmp_path / "by-hand")
+    for name, tensor in weights(tmp_path / "by-hand").items():
+        assert torch.equal(weights(tmp_path / "failing")[name], tensor), name
+
+
+def test_a_run_whose_numbers_fail_again_and_again_ends(
+    tiny_run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for kind, last in (("skip", "step-00000012"), ("rollback", "step-00000002")):
+        run = tiny_run(optimizer__not_finite=kind, schedule__steps=30, checkpoint__every_steps=2)
+        with monkeypatch.context() as patch:
+            failing_in(set(range(3, 100)), patch)
+            message = rf"for the {FAILURES_IN_A_ROW + 1}th time in a row\. .*{last}"
+            with pytest.raises(UserError, match=message):
+                trained(run, tmp_path / kind)
+    assert records(tmp_path / "skip", "skipped_steps")[-1] == FAILURES_IN_A_ROW
+
+
+def test_there_is_no_way_back_before_the_first_checkpoint(
+    tiny_run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing_in({2}, monkeypatch)
+    with pytest.raises(UserError, match=r"step 2: .*before there was a checkpoint to go back to"):
+        trained(tiny_run(optimizer__not_finite="rollback"), tmp_path)
+
+
+def test_a_spike_is_recorded_and_counted(
+    tiny_run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backward, tried = Trainer._backward, 0
+
+    def poisoned(self: Trainer, *args: Any) -> float:
+        nonlocal tried
+        tried += 1
+        return backward(self, *args) * (3 if tried == 19 else 1)
+
+    monkeypatch.setattr(Trainer, "_backward", poisoned)
+    summary = trained(tiny_run(schedule__steps=20, optimizer__lr=1e-4), tmp_path)
+    (spike,) = [record for record in RunFolder(tmp_path).records() if "loss_above_median_nats" in record]
+    assert spike["step"] == 19
+    assert spike["loss_above_median_nats"] == pytest.approx(2 / 3 * spike["loss_nats_per_token"], rel=0.1)
+    assert summary["loss_spikes"] == 1
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused_before_anything_is_written(

@@ -5,50 +5,85 @@
     training_state.safetensors                the mode's own tensors, the optimizer's state, random states
     training_state.json                       step, tokens, place in the data, SHA-256 of all other files
 
-A checkpoint is written to a temporary folder, brought to disk, and renamed: it is there whole or not at all. One that
-was damaged later is told by its hashes. Tensors are only ever in safetensors; nothing is unpickled.
+A `Snapshot` is what a checkpoint holds, as plain tensors. It is written to a temporary folder, brought to disk, and
+renamed: a checkpoint is there whole or not at all, also while it is replaced or removed. One that was damaged later is
+told by its hashes. Tensors are only ever in safetensors; nothing is unpickled, and what a file says about names, shapes
+and sizes is held against the model before anything is read by it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
+from velora_pretrain.checkpoint_files import (
+    CONFIG,
+    STATE_FILE,
+    STATE_TENSORS,
+    WEIGHTS,
+    read_tensors,
+    reason_of,
+    sha256_of,
+    tensor_shapes,
+)
 from velora_pretrain.dimensions import LlamaConfig
 from velora_pretrain.errors import UserError
 from velora_pretrain.nn.llama import Llama
-from velora_pretrain.records import RunFolder
+from velora_pretrain.records import RunFolder, step_of
 
-STATE_FILE, STATE_TENSORS, WEIGHTS, CONFIG = (
-    "training_state.json",
-    "training_state.safetensors",
-    "model.safetensors",
-    "config.json",
-)
+Shape = tuple[int, ...]
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+MAX_RANDOM_STATE_ELEMENTS = 1 << 16
+"""Largest random state that is read; PyTorch's are some thousand bytes."""
+MAX_STATE_OVERHEAD_ELEMENTS = 1 << 16
+"""What an optimizer's state of a parameter may hold beyond twice its elements: scales and tables of 8-bit moments."""
 
 
 class WeightsNotFinite(UserError):
     """A model whose numbers failed is not saved."""
 
 
-class DamagedCheckpoint(Exception):
-    """A checkpoint that cannot be used; the message says what is wrong with it."""
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """What a checkpoint holds, on the CPU."""
+
+    step: int
+    """Optimizer steps done."""
+    weights: dict[str, Tensor]
+    """The plain LLaMA's, by their Hugging Face names."""
+    state: dict[str, Tensor]
+    """Everything else: `model.*`, `optimizer.*`, `random.*`."""
+    config: dict[str, Any]
+    """Content of config.json."""
+    progress: dict[str, Any]
+    """What else to resume from, for JSON: tokens, cursor."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of its tensors."""
+        return sum(tensor.nbytes for each in (self.weights, self.state) for tensor in each.values())
+
+    def copied(self) -> Snapshot:
+        """The same in memory of its own, which training leaves as it is."""
+        weights, state = (
+            {name: tensor.clone() for name, tensor in each.items()} for each in (self.weights, self.state)
+        )
+        return replace(self, weights=weights, state=state)
 
 
-def save(
-    folder: RunFolder,
+def take_snapshot(
     *,
     step: int,
     model: nn.Module,
@@ -56,103 +91,96 @@ def save(
     optimizer: Optimizer,
     progress: dict[str, Any],
     token_ids: dict[str, int],
-    save_tokenizer: Callable[[Path], None],
-    keep_last: int,
-) -> Path:
-    """Writes the checkpoint of `step` and removes all but the `keep_last` newest.
+) -> Snapshot:
+    """What a checkpoint of this moment holds; on a CPU it shares the memory of model and optimizer.
 
     Args:
-        folder: the run.
         step: optimizer steps done.
         model: the adapted model, unwrapped.
         config: its dimensions.
         optimizer: over its parameters.
         progress: what else to resume from, for JSON: tokens, cursor.
         token_ids: `pad_token_id`, `eos_token_id` and so on, for config.json.
+    """
+    weights, own = split_state(model, config)
+    state = own | _optimizer_tensors(model, optimizer) | _random_states()
+    dtype = DTYPE_NAMES[next(iter(weights.values())).dtype]
+    described = hugging_face_config(config, dtype, token_ids)
+    return Snapshot(step=step, weights=weights, state=state, config=described, progress=progress)
+
+
+def write(
+    folder: RunFolder,
+    snapshot: Snapshot,
+    *,
+    save_tokenizer: Callable[[Path], None],
+    keep_last: int,
+    keep_every_steps: int = 0,
+) -> Path:
+    """Writes a checkpoint, and removes those that are kept no longer.
+
+    Args:
+        folder: the run.
+        snapshot: what it holds.
         save_tokenizer: writes the tokenizer's files into a folder.
-        keep_last: whole checkpoints to keep, this one included.
+        keep_last: newest checkpoints to keep, this one included.
+        keep_every_steps: checkpoints of steps that are a multiple of this are kept too; 0 keeps none.
 
     Raises:
         WeightsNotFinite: what its name says.
         UserError: the disk is full or not writable; earlier checkpoints are untouched.
     """
-    target = folder.checkpoint(step)
+    step, target = snapshot.step, folder.checkpoint(snapshot.step)
     temporary = target.with_name(f".{target.name}.tmp")
-    weights, own = split_state(model, config)
-    bad = next((name for name, tensor in weights.items() if not tensor.isfinite().all()), None)
+    bad = next((name for name, tensor in snapshot.weights.items() if not tensor.isfinite().all()), None)
     if bad:
         raise WeightsNotFinite(f"step {step}: {bad} is not finite, so no checkpoint is written; earlier ones are whole")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove_leftovers(folder)
         temporary.mkdir(parents=True)
-        save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
-        save_file(own | _optimizer_tensors(model, optimizer) | _random_states(), temporary / STATE_TENSORS)
-        dtype = DTYPE_NAMES[next(iter(weights.values())).dtype]
-        (temporary / CONFIG).write_text(json.dumps(hugging_face_config(config, dtype, token_ids), indent=2) + "\n")
+        save_file(snapshot.weights, temporary / WEIGHTS, metadata={"format": "pt"})
+        save_file(snapshot.state, temporary / STATE_TENSORS)
+        (temporary / CONFIG).write_text(json.dumps(snapshot.config, indent=2) + "\n")
         save_tokenizer(temporary)
-        hashes = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
-        state = {"step": step, **progress, "sha256": hashes}
+        hashes = {path.name: sha256_of(path) for path in sorted(temporary.iterdir())}
+        state = {"step": step, **snapshot.progress, "sha256": hashes}
         (temporary / STATE_FILE).write_text(json.dumps(state) + "\n")
         for path in temporary.iterdir():
             _to_disk(path)
         _to_disk(temporary)
-        shutil.rmtree(target, ignore_errors=True)
+        # The records up to this step are to outlive a power cut as surely as the checkpoint does.
+        folder.sync_metrics()
+        _remove(target)
         temporary.rename(target)
         _to_disk(target.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
-            f"{target}: the checkpoint could not be written ({_reason(error)}); earlier checkpoints are whole:"
+            f"{target}: the checkpoint could not be written ({reason_of(error)}); earlier checkpoints are whole:"
             f" free some space and go on with --resume --run-dir {folder.path}"
         ) from error
     others = [path for path in folder.checkpoints_newest_first() if path != target]
     for old in others[keep_last - 1 :]:
-        shutil.rmtree(old, ignore_errors=True)
+        if not (keep_every_steps and step_of(old) % keep_every_steps == 0):
+            _remove(old)
     return target
 
 
-def newest_whole(folder: RunFolder, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint whose files are all as they were written, and its state; None where there is none.
-
-    Args:
-        folder: the run.
-        warn: told of each newer checkpoint that is damaged, and why.
-    """
-    for path in folder.checkpoints_newest_first():
-        try:
-            return path, verified_state(path)
-        except DamagedCheckpoint as damage:
-            warn(f"{path} is damaged ({damage}) and is not used")
-    return None
-
-
-def set_aside_newer(folder: RunFolder, than: Path | None) -> None:
-    """Renames the checkpoints newer than `than`, which are damaged, so that none of them counts as the newest."""
-    for path in folder.checkpoints_newest_first():
-        if than is not None and path.name <= than.name:
-            return
-        shutil.rmtree(path.with_name(f"damaged-{path.name}"), ignore_errors=True)
-        path.rename(path.with_name(f"damaged-{path.name}"))
-
-
-def verified_state(path: Path) -> dict[str, Any]:
-    """The state of a checkpoint whose files have the hashes they were written with.
-
-    Raises:
-        DamagedCheckpoint: a file is missing or changed.
-    """
+def _remove(checkpoint: Path) -> None:
+    """Removes a checkpoint, if it is there; at no moment does a part of it stand under its name."""
+    leftover = checkpoint.with_name(f".{checkpoint.name}.old")
     try:
-        state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
-        expected: dict[str, str] = state["sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedCheckpoint(f"{STATE_FILE} cannot be read: {_reason(error)}") from None
-    for name, sha256 in expected.items():
-        file = path / Path(name).name
-        if not file.is_file():
-            raise DamagedCheckpoint(f"{name} is missing")
-        if _sha256(file) != sha256:
-            raise DamagedCheckpoint(f"{name} is not what was written")
-    return state
+        checkpoint.rename(leftover)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _remove_leftovers(folder: RunFolder) -> None:
+    """Removes what a process that was killed while writing or removing has left."""
+    for pattern in (".step-*.tmp", ".step-*.old"):
+        for path in folder.checkpoints.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def restore(path: Path, *, model: nn.Module, optimizer: Optimizer) -> None:
@@ -161,12 +189,29 @@ def restore(path: Path, *, model: nn.Module, optimizer: Optimizer) -> None:
     Args:
         path: a checkpoint that `verified_state` has passed.
         model: adapted as when it was saved, on its device.
-        optimizer: built over it, not yet stepped.
+        optimizer: built over it.
+
+    Raises:
+        UserError: a file holds something else than what this model and optimizer keep.
     """
-    tensors = read_tensors(path / STATE_TENSORS)
+    parameters, expected = dict(model.named_parameters()), model.state_dict()
+
+    def fault(name: str, shape: Shape) -> str | None:
+        kind, _, rest = name.partition(".")
+        if kind == "random":
+            is_small = math.prod(shape) <= MAX_RANDOM_STATE_ELEMENTS
+            return None if rest in ("cpu", "cuda") and is_small else "is no random state"
+        if kind == "optimizer":
+            return _optimizer_fault(parameters.get(rest.rpartition(".")[0]), shape)
+        return shape_fault(expected, rest, shape)
+
+    tensors = _read_checked(path / STATE_TENSORS, fault)
+    weights = _read_checked(path / WEIGHTS, lambda name, shape: shape_fault(expected, name, shape))
     own = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
-    model.load_state_dict(read_tensors(path / WEIGHTS) | own, strict=True)
-    parameters = dict(model.named_parameters())
+    missing = expected.keys() - own.keys() - weights.keys()
+    if missing or "random.cpu" not in tensors:
+        raise UserError(f"{path}: holds no {min(missing, default='random.cpu')}")
+    model.load_state_dict(weights | own, strict=True)
     optimizer.state.clear()
     for name, tensor in tensors.items():
         kind, _, rest = name.partition(".")
@@ -179,6 +224,32 @@ def restore(path: Path, *, model: nn.Module, optimizer: Optimizer) -> None:
     torch.set_rng_state(tensors["random.cpu"])
     if "random.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["random.cuda"])
+
+
+def shape_fault(expected: Mapping[str, Tensor], name: str, shape: Shape) -> str | None:
+    """Why a tensor of a file does not belong to a model, if it does not."""
+    if name not in expected:
+        return "is no tensor of this model"
+    wanted = tuple(expected[name].shape)
+    return None if shape == wanted else f"has shape {shape}, the model's is {wanted}"
+
+
+def _read_checked(path: Path, fault: Callable[[str, Shape], str | None]) -> dict[str, Tensor]:
+    """All tensors of a file, none of which is read before `fault` has passed all of them."""
+    shapes = tensor_shapes(path)
+    for name, shape in shapes.items():
+        found = fault(name, shape)
+        if found:
+            raise UserError(f"{path}: {name} {found}")
+    return read_tensors(path, shapes)
+
+
+def _optimizer_fault(parameter: Tensor | None, shape: Shape) -> str | None:
+    """Why a tensor of a file cannot be an optimizer's state of a parameter; no state is larger than twice that."""
+    if parameter is None:
+        return "belongs to no parameter of this model"
+    bound = 2 * parameter.numel() + MAX_STATE_OVERHEAD_ELEMENTS
+    return None if math.prod(shape) <= bound else f"has shape {shape}, far more than its parameter"
 
 
 def split_state(model: nn.Module, config: LlamaConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -208,19 +279,6 @@ def _random_states() -> dict[str, Tensor]:
     return states
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file.
-
-    Raises:
-        UserError: the file is cut short or no safetensors file.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: not a whole safetensors file ({_reason(error)})") from None
-
-
 def hugging_face_config(config: LlamaConfig, dtype: str, token_ids: dict[str, int]) -> dict[str, Any]:
     """config.json of a LlamaForCausalLM; the rotary base under its name before and since transformers 5."""
     return {
@@ -239,18 +297,9 @@ def hugging_face_config(config: LlamaConfig, dtype: str, token_ids: dict[str, in
     }
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _to_disk(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _reason(error: Exception) -> str:
-    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error).splitlines()[0]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from velora_pretrain.checkpoint import STATE_FILE, DamagedCheckpoint, newest_whole, verified_state
+from velora_pretrain.checkpoint_files import STATE_FILE, DamagedCheckpoint, newest_whole, verified_state
 from velora_pretrain.config import Precision, ReadingTable, Run
 from velora_pretrain.data.c4 import Source, resolve
 from velora_pretrain.data.loader import IGNORE_INDEX, Batch, evaluation_batches

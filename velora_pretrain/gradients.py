@@ -119,8 +119,13 @@ class Gradients:
         """Moves the parameters that have not moved, and frees all gradients."""
         if not self._in_backward:
             self._optimizer.step()
+        self.drop()
+
+    def drop(self) -> None:
+        """Frees all gradients, in whatever form they were summed; what has not moved by them does not."""
         for parameter in self._parameters:
             parameter.grad = None
+            self._optimizer.state.get(parameter, {}).pop("accumulated", None)
         self._norms.clear()
 
 

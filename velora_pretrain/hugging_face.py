@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
 
-from velora_pretrain.checkpoint import CONFIG, WEIGHTS, read_tensors
+from velora_pretrain.checkpoint_files import CONFIG, WEIGHTS, read_json, read_tensors, tensor_shapes
 from velora_pretrain.dimensions import LlamaConfig
 from velora_pretrain.errors import UserError
 from velora_pretrain.nn.llama import Llama
 
 SHARD_INDEX = "model.safetensors.index.json"
+EMBEDDING = "model.embed_tokens.weight"
 
 _UNSUPPORTED = {
     "attention_bias": (None, False),
@@ -62,42 +62,51 @@ def load_llama(folder: Path) -> Llama:
         UserError: as `read_config`; or the weights are missing, cut short or of other shapes.
     """
     config = read_config(folder)
-    tensors = _read_weights(folder)
-    if config.tie_word_embeddings and "lm_head.weight" not in tensors:
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    found = {file: tensor_shapes(file) for file in _weight_files(folder)}
+    shapes = {name: shape for each in found.values() for name, shape in each.items()}
+    if config.tie_word_embeddings and "lm_head.weight" not in shapes:
+        shapes["lm_head.weight"] = shapes.get(EMBEDDING, ())
+    # Asked before a model of so many layers is built.
+    last = f"model.layers.{config.num_hidden_layers - 1}.input_layernorm.weight"
+    if last not in shapes:
+        raise UserError(f"{folder}: the weights hold no {last}")
     with torch.device("meta"):
         model = Llama(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for name, shape in expected.items():
-        if name not in tensors:
+        if name not in shapes:
             raise UserError(f"{folder}: the weights hold no {name}")
-        if tuple(tensors[name].shape) != shape:
-            raise UserError(f"{folder}: {name} has shape {tuple(tensors[name].shape)}, config.json asks for {shape}")
-    model.load_state_dict({name: tensors[name] for name in expected}, assign=True)
+        if shapes[name] != shape:
+            raise UserError(f"{folder}: {name} has shape {shapes[name]}, config.json asks for {shape}")
+    tensors: dict[str, torch.Tensor] = {}
+    for file, names in found.items():
+        tensors |= read_tensors(file, names.keys() & expected.keys())
+    if config.tie_word_embeddings:
+        tensors.setdefault("lm_head.weight", tensors[EMBEDDING])
+    model.load_state_dict(tensors, assign=True)
     return model
 
 
-def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder: one, or those that its index names."""
     if (folder / WEIGHTS).is_file():
-        return read_tensors(folder / WEIGHTS)
-    if not (folder / SHARD_INDEX).is_file():
+        return [folder / WEIGHTS]
+    index = folder / SHARD_INDEX
+    if not index.is_file():
         raise UserError(f"{folder}: holds neither {WEIGHTS} nor {SHARD_INDEX}")
-    shards: dict[str, str] = _read_json(folder / SHARD_INDEX).get("weight_map", {})
-    tensors: dict[str, torch.Tensor] = {}
-    for name in sorted(set(shards.values())):
-        tensors |= read_tensors(folder / Path(name).name)
-    return tensors
+    shards = _read_json(index).get("weight_map")
+    names = set(shards.values()) if isinstance(shards, dict) and shards else {None}
+    if not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise UserError(f"{index}: weight_map does not name files of its folder")
+    return [folder / name for name in sorted(map(str, names))]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except FileNotFoundError:
         raise UserError(
             f"{path}: no such file; give a checkpoint, a run folder or a Hugging Face LLaMA folder"
         ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return values

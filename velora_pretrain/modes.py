@@ -55,8 +55,8 @@ class Method:
         """Factor on the learning rate of `step`, counted from 1, beside that of the schedule."""
         return 1.0
 
-    def before_step(self, model: nn.Module, optimizer: AdamW, step: int, run_forward: Callable[[], None]) -> None:
-        """Called before the forward passes of `step`, counted from 1.
+    def before_step(self, model: nn.Module, optimizer: AdamW, step: int, run_forward: Callable[[], None]) -> bool:
+        """Called before the forward passes of `step`, counted from 1; says whether it changed anything.
 
         Args:
             model: the adapted model.
@@ -64,6 +64,7 @@ class Method:
             step: the step that is about to be taken.
             run_forward: runs the forward passes of this step's whole batch once, without gradients.
         """
+        return False
 
     def after_step(self, model: nn.Module, optimizer: AdamW, step: int) -> dict[str, float]:
         """Called after the optimizer has taken `step`; what it gives is kept in the step's record."""
@@ -228,13 +229,13 @@ class VeLoRA(Method):
             if isinstance(layer, VeLoRALinear)
         }
 
-    def before_step(self, model: nn.Module, optimizer: AdamW, step: int, run_forward: Callable[[], None]) -> None:
+    def before_step(self, model: nn.Module, optimizer: AdamW, step: int, run_forward: Callable[[], None]) -> bool:
         """Takes v from the whole batch of the first step, and of every `refresh_every`-th after it."""
         directions = directions_of(model)
         every = self.settings.refresh_every
         is_refresh = every and step > 1 and (step - 1) % every == 0
         if all(direction.is_ready for direction in directions) and not is_refresh:
-            return
+            return False
         before = {direction: direction.vector.clone() for direction in directions}
         if is_refresh and self.settings.refresh == "cycle":
             for direction in directions:
@@ -246,6 +247,7 @@ class VeLoRA(Method):
                 if isinstance(layer, VeLoRALinear):
                     cosine = torch.dot(before[layer.direction], layer.direction.vector)
                     self._carry_moments(optimizer.state[layer.coefficients], cosine)
+        return True
 
     def _carry_moments(self, state: dict[str, Any], cosine: Tensor) -> None:
         """What becomes of a layer's moments when its direction has turned by the angle of `cosine`."""
@@ -332,10 +334,10 @@ class Mode:
         """See `Method`."""
         return reduce(lambda product, method: product * method.lr_multiplier(step), self.methods, 1.0)
 
-    def before_step(self, model: nn.Module, optimizer: AdamW, step: int, run_forward: Callable[[], None]) -> None:
+    def before_step(self, model: nn.Module, optimizer: AdamW, step: int, run_forward: Callable[[], None]) -> bool:
         """See `Method`."""
-        for method in self.methods:
-            method.before_step(model, optimizer, step, run_forward)
+        changes = [method.before_step(model, optimizer, step, run_forward) for method in self.methods]
+        return any(changes)
 
     def after_step(self, model: nn.Module, optimizer: AdamW, step: int) -> dict[str, float]:
         """See `Method`."""

@@ -6,6 +6,7 @@
       checkpoints/step-00000100/      see `checkpoint.py`
       summary.json                    final figures
       failure.json                    step and reason, where the numbers failed and ended the run
+      run.lock                        held by the process that trains here, see `run_lock.py`
 
 No torch here: reports and error messages answer at once.
 """
@@ -29,6 +30,9 @@ from velora_pretrain.recipe import build_run, read_recipe
 
 GIB = 2**30
 """Bytes in one GiB."""
+
+MAX_RECORD_BYTES = 1 << 20
+"""Longest line of metrics.jsonl that is read."""
 
 _CHECKPOINT_NAME = re.compile(r"step-(\d{8,})")
 
@@ -55,6 +59,14 @@ class TrainingRecord:
     """Time for which this step waited for its batch."""
     zero_moments_share: float | None = None
     """Share of the adapters' moments that are zero after this step has started them anew; only in such a step."""
+    batch_digest: str = ""
+    """Hash of the step's documents as tokens, 16 hex digits: runs that agree in it have read the same."""
+    loss_above_median_nats: float | None = None
+    """How far the loss stands above the median of the steps before; only where that is a spike."""
+    skipped_steps: int | None = None
+    """Steps of the run so far that were not taken because their numbers were not finite; only after the first."""
+    rollbacks: int | None = None
+    """Times that the run has gone back to a checkpoint because numbers were not finite; only after the first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,13 +168,18 @@ class RunFolder:
         """Every whole record of metrics.jsonl, None for numbers that were not finite.
 
         A last line that a crash cut short is left out.
+
+        Raises:
+            UserError: a whole line is no record.
         """
         if not self.metrics.exists():
             return
-        with self.metrics.open(encoding="utf-8") as file:
-            for line in file:
-                if line.endswith("\n"):
-                    yield finite(json.loads(line))
+        with self.metrics.open("rb") as file:
+            for number, line in enumerate(iter(lambda: file.readline(MAX_RECORD_BYTES), b""), start=1):
+                if line.endswith(b"\n"):
+                    yield _record(line, f"{self.metrics} line {number}")
+                elif len(line) == MAX_RECORD_BYTES:
+                    raise UserError(f"{self.metrics} line {number}: longer than a record can be; remove the line")
 
     def forget_after(self, step: int) -> None:
         """Drops the records of steps after `step`, which a resumed run does again."""
@@ -176,6 +193,21 @@ class RunFolder:
     def write_failure(self, step: int, reason: str) -> None:
         """Writes failure.json, whole or not at all: the step at which the numbers failed, and what was not finite."""
         write_atomically(self.failure, (json.dumps({"step": step, "reason": reason}, indent=2) + "\n").encode())
+
+
+def _record(line: bytes, place: str) -> dict[str, Any]:
+    """A line of metrics.jsonl as a record.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        record = json.loads(line)
+        if isinstance(record, dict) and isinstance(record["step"], int):
+            return finite(record)
+    except (ValueError, KeyError, RecursionError):
+        pass
+    raise UserError(f"{place}: not a record of a run; remove the line, or the file from there on")
 
 
 def step_of(checkpoint: Path) -> int:

@@ -85,6 +85,9 @@ class OptimizerTable(Section):
     rounding: Literal["nearest", "stochastic"] = "nearest"
     """How weights in bf16 take a step: to the nearest, as published, where small steps are lost; or up and down by
     chance, where they add up (arXiv 2010.06192)."""
+    not_finite: Literal["stop", "skip", "rollback"] = "stop"
+    """What a loss or gradient norm that is not finite does. stop: ends the run; skip: the step is not taken, and
+    counted; rollback: goes back to the last checkpoint and on with the data after this batch."""
 
     @model_validator(mode="after")
     def _betas_in_range(self) -> OptimizerTable:
@@ -98,6 +101,15 @@ class OptimizerTable(Section):
             raise ValueError(
                 "optimizer.update: in_backward steps before the global gradient norm is known, so it cannot be clipped;"
                 " set optimizer.clip_norm = 0, or optimizer.update = step"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _step_can_be_skipped(self) -> OptimizerTable:
+        if self.update == "in_backward" and self.not_finite == "skip":
+            raise ValueError(
+                "optimizer.not_finite: with update = in_backward a part of the step is taken before its numbers are"
+                " known, so it cannot be skipped; use rollback, or optimizer.update = step"
             )
         return self
 
@@ -128,6 +140,11 @@ class CheckpointTable(Section):
     """Longest time between checkpoints, in minutes; 0 sets no such limit."""
     keep_last: PositiveInt = 2
     """Newest checkpoints kept; older ones are removed."""
+    keep_every_steps: NonNegativeInt = 0
+    """Checkpoints of steps that are a multiple of this are never removed; 0 keeps none beside the newest."""
+    background: bool = True
+    """Whether checkpoints are written while training goes on, from a copy in the host's memory that lives until then;
+    the last one, and where memory is short, is written at once and takes no copy."""
 
 
 class ReadingTable(Section):

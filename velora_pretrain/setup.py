@@ -10,7 +10,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from velora_pretrain import checkpoint
+from velora_pretrain.checkpoint_files import newest_whole, set_aside_newer
 from velora_pretrain.config import Run
 from velora_pretrain.data.c4 import Source, resolve
 from velora_pretrain.data.loader import evaluation_batches
@@ -21,6 +21,7 @@ from velora_pretrain.evaluation import has_separate_validation, validation_sourc
 from velora_pretrain.prediction import USABLE_SHARE, choose_micro_batch, free_memory_bytes
 from velora_pretrain.recipe import differences
 from velora_pretrain.records import RunFolder
+from velora_pretrain.run_lock import RunLock
 
 MAY_CHANGE = ("device", "checkpoint.", "compare.", "reading.max_bad_lines", "reading.prefetch_batches")
 """Keys, or beginnings of keys, that a resumed run may change: they leave the numbers as they are."""
@@ -41,12 +42,16 @@ class Prepared:
     """training_state.json of that checkpoint."""
 
 
-def prepare(run: Run, folder: RunFolder, *, resume: bool, accelerator: Accelerator, display: Display) -> Prepared:
-    """Checks the folder, finds data and tokenizer, decides every `auto`, and records the run.
+def prepare(
+    run: Run, folder: RunFolder, *, resume: bool, accelerator: Accelerator, display: Display, lock: RunLock
+) -> Prepared:
+    """Checks the folder, finds data and tokenizer, decides every `auto`, takes the lock, and records the run.
 
     Raises:
-        UserError: the folder holds another run, or data, tokenizer or batch do not fit.
+        UserError: the folder holds another run, or another process trains in it; data, tokenizer or batch do not fit.
     """
+    if resume and accelerator.is_main_process:
+        lock.take()
     recorded = _recorded_run(run, folder, resume=resume)
     if recorded is not None:
         run = _reconciled(run, recorded, folder)
@@ -73,18 +78,21 @@ def prepare(run: Run, folder: RunFolder, *, resume: bool, accelerator: Accelerat
     check_vocabulary(tokenizer, run.llama.vocab_size)
     _check_validation(run, validation, tokenizer)
     run = _with_micro_batch(run, accelerator)
-    found = checkpoint.newest_whole(folder, display.warn) if resume else None
+    found = newest_whole(folder, display.warn) if resume else None
     path, state = found if found else (None, {})
     if resume and path is None:
         display.note(f"{folder.path}: no whole checkpoint yet, starting from the beginning")
     # Every process has looked at the folder before the first one changes it.
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        lock.take()
+        # Again, now that nobody else can begin one.
+        _recorded_run(run, folder, resume=resume)
         try:
             folder.write_run(run)
             folder.forget_after(state.get("step", 0))
             if resume:
-                checkpoint.set_aside_newer(folder, path)
+                set_aside_newer(folder, path)
         except OSError as error:
             raise UserError(f"{folder.path}: the run folder cannot be written ({error.strerror})") from None
     return Prepared(run=run, tokenizer=tokenizer, source=source, validation=validation, checkpoint=path, state=state)

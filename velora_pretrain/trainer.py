@@ -15,13 +15,16 @@ import hashlib
 import math
 import shlex
 import time
-from contextlib import closing, nullcontext
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from velora_pretrain import checkpoint
+from velora_pretrain.checkpoint import WeightsNotFinite, restore
+from velora_pretrain.checkpoint_files import newest_whole
 from velora_pretrain.config import Run
 from velora_pretrain.data.loader import Batch, TrainLoader, evaluation_batches
 from velora_pretrain.devices import WEIGHT_DTYPES, autocast
@@ -35,12 +38,17 @@ from velora_pretrain.modes import build_mode
 from velora_pretrain.nn.llama import Llama
 from velora_pretrain.optim.schedule import lr_multiplier
 from velora_pretrain.records import RunFolder, TrainingRecord
+from velora_pretrain.run_lock import RunLock
+from velora_pretrain.saving import CheckpointWriter
 from velora_pretrain.setup import prepare
-from velora_pretrain.signals import Interrupted, StopSignals
+from velora_pretrain.signals import Interrupted, LeaveStep, StopSignals
+from velora_pretrain.spikes import LossSpikes
 from velora_pretrain.summary import summarise
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 """What the disk, not the program, does wrong."""
+FAILURES_IN_A_ROW = 10
+"""Steps whose numbers may fail one after the other, where they are skipped or gone back on, before the run ends."""
 
 __all__ = ["Interrupted", "Trainer", "train"]
 
@@ -61,21 +69,32 @@ def train(run: Run, folder: RunFolder, *, resume: bool, display: Display) -> dic
         UserError: what was asked for cannot be done, or the numbers failed; nothing that was saved is lost.
         Interrupted: a signal ended the run; a checkpoint was written.
     """
-    return Trainer(run, folder, resume=resume, display=display).train()
+    with RunLock(folder.path) as lock, closing(Trainer(run, folder, resume=resume, display=display, lock=lock)) as it:
+        return it.train()
 
 
 class _EvaluationCut(Exception):
     """A signal came during an evaluation, which can be done again."""
 
 
-class Trainer:
-    """One process's part in a run; arguments as for `train`."""
+@dataclass(frozen=True)
+class _StepEnd:
+    """What the processes have agreed on in a step."""
 
-    def __init__(self, run: Run, folder: RunFolder, *, resume: bool, display: Display) -> None:
+    is_stopped: bool
+    """Whether any was asked to stop."""
+    is_due: bool
+    """Whether a checkpoint is due, whatever the number of the step."""
+
+
+class Trainer:
+    """One process's part in a run; arguments as for `train`, and `lock` that of the folder. To be closed."""
+
+    def __init__(self, run: Run, folder: RunFolder, *, resume: bool, display: Display, lock: RunLock) -> None:
         self.folder, self.display = folder, display
         self.accelerator = start_processes(run.device)
         self.device = self.accelerator.device
-        self.prepared = prepare(run, folder, resume=resume, accelerator=self.accelerator, display=display)
+        self.prepared = prepare(run, folder, resume=resume, accelerator=self.accelerator, display=display, lock=lock)
         self.run = run = self.prepared.run
 
         self.mode = build_mode(run)
@@ -94,19 +113,36 @@ class Trainer:
         )
         self.step_memory = StepMemory(self.model, self.optimizer, self.device)
         if self.prepared.checkpoint:
-            checkpoint.restore(self.prepared.checkpoint, model=self.model, optimizer=self.optimizer)
+            restore(self.prepared.checkpoint, model=self.model, optimizer=self.optimizer)
             display.note(f"going on from {self.prepared.checkpoint}")
-        state = self.prepared.state
+        self.cursor: dict[str, Any] | None = self.prepared.state.get("cursor")
+        self.seconds_before: float = self.prepared.state.get("seconds", 0.0)
+        self.started = time.monotonic()
+        self._take_counts(self.prepared.state)
+        self.failures_in_a_row = 0
+        self.is_whole = True
+        """Whether model and optimizer are as the last step done has left them."""
+        tokenizer = self.prepared.tokenizer
+        self.writer = CheckpointWriter(
+            run, folder, model=self.model, optimizer=self.optimizer, tokenizer=tokenizer, steps=self.done_steps
+        )
+        self.signals, self.is_stop_told = StopSignals(), False
+
+    def _take_counts(self, state: dict[str, Any]) -> None:
+        """What was counted up to the checkpoint with this state."""
         self.done_steps: int = state.get("step", 0)
         self.tokens: int = state.get("tokens", 0)
-        self.cursor: dict[str, Any] | None = state.get("cursor")
-        self.seconds_before: float = state.get("seconds", 0.0)
-        self.started = self.saved = time.monotonic()
-        self.saved_steps = self.done_steps
-        self.signals, self.is_stop_told = StopSignals(), False
+        self.skipped_steps: int = state.get("skipped_steps", 0)
+        self.rollbacks: int = state.get("rollbacks", 0)
         # Not beyond the checkpoint: another process may not have dropped the later records yet.
-        evaluated = {record["step"] for record in folder.records() if "perplexity" in record}
-        self.evaluated_steps = {step for step in evaluated if step <= self.done_steps}
+        records = [record for record in self.folder.records() if record["step"] <= self.done_steps]
+        self.evaluated_steps = {record["step"] for record in records if "perplexity" in record}
+        losses = (record.get("loss_nats_per_token") for record in records)
+        self.spikes = LossSpikes(loss for loss in losses if loss is not None)
+
+    def close(self) -> None:
+        """Returns when no checkpoint is being written any more."""
+        self.writer.close()
 
     @property
     def seconds(self) -> float:
@@ -117,6 +153,8 @@ class Trainer:
         """Runs to the end; see `train`."""
         try:
             return self._train()
+        except LeaveStep:
+            raise self._left() from None
         except OSError as error:
             if error.errno not in DISK_ERRORS:
                 raise
@@ -157,12 +195,11 @@ class Trainer:
                 measured_step = 0
             while self.done_steps < run.steps:
                 with self.step_memory.watch(is_due=self.done_steps + 1 == measured_step):
-                    is_stopped, is_due = self._step(loader)
-                is_stopped = not self._evaluate_if_due() or is_stopped
+                    end = self._step(loader)
+                is_stopped = not self._evaluate_if_due() or end.is_stopped
                 is_last = self.done_steps == run.steps
-                is_due = is_due or is_last or _is_multiple(self.done_steps, run.checkpoint.every_steps)
-                if is_due or is_stopped:
-                    self._save()
+                if end.is_due or is_stopped or is_last or _is_multiple(self.done_steps, run.checkpoint.every_steps):
+                    self._save(beside_training=not (is_stopped or is_last))
                 if is_stopped and not (is_last and self.is_evaluated):
                     raise self._interrupted()
         self.display.finish()
@@ -181,15 +218,36 @@ class Trainer:
         return summary
 
     def _interrupted(self) -> Interrupted:
-        saved = self.folder.checkpoint(self.saved_steps)
+        saved = self.folder.checkpoint(self.writer.steps)
         return Interrupted(
             f"stopped after step {self.done_steps} of {self.run.steps}; wrote {saved}; go on with: {self._way_on}"
         )
 
-    def _step(self, loader: TrainLoader) -> tuple[bool, bool]:
-        """Takes one optimizer step; gives whether to stop after it, and whether a checkpoint is due by the clock."""
+    def _left(self) -> Interrupted:
+        """Saves what the last step done has left, if it is there, after the step behind it was left."""
+        self.gradients.drop()
+        if self.is_whole and self.done_steps > self.writer.steps:
+            self._save(beside_training=False)
+        self.writer.wait()
+        where = f"left step {self.done_steps + 1} of {self.run.steps} unfinished"
+        if not self.writer.steps:
+            return Interrupted(f"{where}; no step was done, so there is no checkpoint")
+        saved = self.folder.checkpoint(self.writer.steps)
+        return Interrupted(f"{where}; the last checkpoint is {saved}; go on with: {self._way_on}")
+
+    @contextmanager
+    def _leavable(self) -> Iterator[None]:
+        """Around what a second signal may cut short: where that loses no more than the step that it is in."""
+        can_go_back = self.is_whole or self.writer.steps == self.done_steps
+        with self.signals.leavable() if can_go_back else nullcontext():
+            yield
+
+    def _step(self, loader: TrainLoader) -> _StepEnd:
+        """Takes one optimizer step."""
         run, began, waited = self.run, time.monotonic(), loader.wait_seconds
-        batch = self._next_batch(loader)
+        self.writer.check()
+        with self._leavable():
+            batch = self._next_batch(loader)
         step = self.done_steps + 1
         multiplier = self.mode.lr_multiplier(step) * lr_multiplier(
             step,
@@ -205,31 +263,37 @@ class Trainer:
         micro_batches = self._micro_batches(batch)
         # What a step draws (dropout) follows from seed, step and process: a resumed run draws it again.
         torch.manual_seed(step_seed(run.seed, step, self.accelerator.process_index))
-        self.mode.before_step(self.model, self.optimizer, step, lambda: self._forward_only(micro_batches))
-        nats = self._backward(micro_batches, batch.num_target_tokens)
+        was_whole, self.is_whole = self.is_whole, False
+        is_changed = self.mode.before_step(self.model, self.optimizer, step, lambda: self._forward_only(micro_batches))
+        self.is_whole = was_whole and not (is_changed or self.in_backward)
+        with self._leavable():
+            nats = self._backward(micro_batches, batch.num_target_tokens)
 
         # One message between processes: the loss, whether anyone was told to stop, whether the first one's clock is up.
         minutes = run.checkpoint.every_minutes
-        is_due = self.accelerator.is_main_process and 0 < minutes <= (time.monotonic() - self.saved) / 60
+        is_due = self.accelerator.is_main_process and 0 < minutes <= self.writer.minutes
         message = torch.tensor([nats, self.signals.is_set, is_due], dtype=torch.float64)
         nats, stops, due = all_reduce(self.accelerator, message).tolist()
         loss = nats / max(1, batch.num_target_tokens)
         grad_norm = self.gradients.clip(run.optimizer.clip_norm)
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            last = self.folder.checkpoints_newest_first()
-            kept = f"the last good checkpoint is {last[0]}" if last else "no checkpoint was written yet"
-            self._record_failure(step, f"the loss is {loss}, the gradient norm {grad_norm}")
-            raise UserError(
-                f"step {step}: the loss is {loss}; first tensor that is not finite: {first_not_finite(self.model)}. The"
-                f" step was {'cut short' if self.in_backward else 'not taken'}; {kept}. Lower the learning rate, or set"
-                " optimizer.clip_norm, in a new run"
-            )
-        self.gradients.step()
-        shares = self.mode.after_step(self.model, self.optimizer, step)
+        is_taken = math.isfinite(loss) and math.isfinite(grad_norm)
+        shares: dict[str, Any] = {}
+        if is_taken:
+            self.is_whole, self.failures_in_a_row = False, 0
+            self.gradients.step()
+            shares = self.mode.after_step(self.model, self.optimizer, step)
+        else:
+            self._fail(step, loss, grad_norm)
+            if run.optimizer.not_finite == "rollback":
+                self._roll_back(step, batch)
+                # At once, so that a resumed run does not meet the same numbers again.
+                return _StepEnd(stops > 0, is_due=True)
+            self.gradients.drop()
+            self.skipped_steps += 1
         for name, share in shares.items():
             self.display.note(f"step {step}: {name.replace('_', ' ')} {share:.4f}")
 
-        self.done_steps, self.cursor = step, batch.cursor
+        self.done_steps, self.cursor, self.is_whole = step, batch.cursor, True
         self.tokens += batch.num_input_tokens
         record = TrainingRecord(
             step=step,
@@ -240,12 +304,60 @@ class Trainer:
             tokens_per_second=batch.num_input_tokens / (time.monotonic() - began),
             peak_memory_bytes=self.step_memory.peak_memory_bytes,
             data_wait_seconds=loader.wait_seconds - waited,
+            loss_above_median_nats=self.spikes.add(loss),
+            skipped_steps=self.skipped_steps or None,
+            rollbacks=self.rollbacks or None,
             **shares,
         )
         if self.accelerator.is_main_process:
             self.folder.append(record)
         self.display.step(record)
-        return stops > 0, due > 0
+        return _StepEnd(stops > 0, due > 0)
+
+    def _fail(self, step: int, loss: float, grad_norm: float) -> None:
+        """Says which numbers of a step are not finite, and where.
+
+        Raises:
+            UserError: the run is not to go on after that, or cannot.
+        """
+        run, self.failures_in_a_row = self.run, self.failures_in_a_row + 1
+        where = f"the loss is {loss}; first tensor that is not finite: {first_not_finite(self.model)}"
+        self.writer.wait()
+        last = self.folder.checkpoints_newest_first()
+        reason = ""
+        if run.optimizer.not_finite != "stop":
+            if self.failures_in_a_row > FAILURES_IN_A_ROW:
+                reason = f"; for the {self.failures_in_a_row}th time in a row"
+            elif run.optimizer.not_finite == "rollback" and not last:
+                reason = "; before there was a checkpoint to go back to"
+            else:
+                self.display.warn(f"step {step}: {where}; {run.optimizer.not_finite}")
+                return
+        self._record_failure(step, f"the loss is {loss}, the gradient norm {grad_norm}{reason}")
+        kept = f"the last good checkpoint is {last[0]}" if last else "no checkpoint was written yet"
+        raise UserError(
+            f"step {step}: {where}{reason}. The step was {'cut short' if self.in_backward else 'not taken'}; {kept}."
+            " Lower the learning rate, or set optimizer.clip_norm, in a new run; or let optimizer.not_finite = skip or"
+            " rollback go on after that"
+        )
+
+    def _roll_back(self, step: int, batch: Batch) -> None:
+        """Takes model, optimizer and counts back to the newest checkpoint; the data go on after `batch`."""
+        self.accelerator.wait_for_everyone()
+        found = newest_whole(self.folder, self.display.warn)
+        if found is None:
+            raise UserError(f"step {step}: no checkpoint of {self.folder.path} is whole, so there is no way back")
+        path, state = found
+        self.gradients.drop()
+        restore(path, model=self.model, optimizer=self.optimizer)
+        rollbacks, skipped_steps = self.rollbacks + 1, self.skipped_steps
+        self._take_counts(state)
+        self.rollbacks, self.skipped_steps = rollbacks, skipped_steps
+        self.cursor, self.is_whole = batch.cursor, True
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            self.folder.forget_after(self.done_steps)
+        self.display.note(f"went back to {path}; the data go on after those of step {step}")
 
     def _next_batch(self, loader: TrainLoader) -> Batch:
         """The next batch; where reading fails for good, what was trained is saved first."""
@@ -256,10 +368,10 @@ class Trainer:
 
     def _saved_from(self, error: Exception) -> UserError:
         """The same failure, told after a checkpoint was written."""
-        # Several processes may not all have failed, and saving waits for all of them.
-        if self.accelerator.num_processes > 1 or self.done_steps == self.saved_steps:
+        if not self.accelerator.is_main_process or self.done_steps == self.writer.steps:
             return UserError(f"after step {self.done_steps}: {error}")
-        return UserError(f"after step {self.done_steps}: {error}; wrote {self._save()}; go on with: {self._way_on}")
+        saved = self._save(beside_training=False)
+        return UserError(f"after step {self.done_steps}: {error}; wrote {saved}; go on with: {self._way_on}")
 
     def _micro_batches(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
         """This process's rows of the batch, cut for the forward passes, on the device."""
@@ -310,7 +422,8 @@ class Trainer:
         is_due = is_last or (self.done_steps > 0 and _is_multiple(self.done_steps, self.run.evaluation.every_steps))
         try:
             if is_due and not self.is_evaluated:
-                self._evaluate()
+                with self._leavable():
+                    self._evaluate()
         except _EvaluationCut:
             return False
         except (UserError, ConnectionError) as error:
@@ -359,30 +472,18 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.folder.write_failure(step, reason)
 
-    def _save(self) -> str:
+    def _save(self, *, beside_training: bool) -> str:
         """Writes a checkpoint; gives its path."""
-        path = self.folder.checkpoint(self.done_steps)
+        counts = {"tokens": self.tokens, "skipped_steps": self.skipped_steps, "rollbacks": self.rollbacks}
+        progress = {**counts, "cursor": self.cursor, "seconds": self.seconds}
         if self.accelerator.is_main_process:
-            tokenizer = self.prepared.tokenizer
-            self.folder.sync_metrics()
             try:
-                checkpoint.save(
-                    self.folder,
-                    step=self.done_steps,
-                    model=self.model,
-                    config=self.run.llama,
-                    optimizer=self.optimizer,
-                    progress={"tokens": self.tokens, "cursor": self.cursor, "seconds": self.seconds},
-                    token_ids={"pad_token_id": tokenizer.pad_id, "eos_token_id": tokenizer.eos_id},
-                    save_tokenizer=tokenizer.save_pretrained,
-                    keep_last=self.run.checkpoint.keep_last,
-                )
-            except checkpoint.WeightsNotFinite as error:
+                self.writer.save(self.done_steps, progress, beside_training=beside_training)
+            except WeightsNotFinite as error:
                 self._record_failure(self.done_steps, str(error))
                 raise
-        self.accelerator.wait_for_everyone()
-        self.saved, self.saved_steps = time.monotonic(), self.done_steps
-        return str(path)
+        self.writer.steps = self.done_steps
+        return str(self.folder.checkpoint(self.done_steps))
 
 
 def step_seed(seed: int, step: int, process: int) -> int:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from velora_pretrain.nn.recompute import is_recomputing
 
@@ -98,11 +99,15 @@ class Direction(nn.Module):
 
     @torch.no_grad()
     def take(self) -> None:
-        """Sets v from the statistics gathered on all ranks, and clears them."""
+        """Sets v from the statistics gathered on all ranks, if they are finite, and clears them."""
         if self.init == "random":
             return
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(self.statistics)
+        if not isinstance(self.statistics, FakeTensor) and not self.statistics.isfinite().all():
+            # Of a batch whose step cannot be taken either: what v was stays, and the next batch is asked.
+            self.statistics.zero_()
+            return
         if self.init == "svd":
             # The top eigenvector of the second moment is the top right-singular vector; eigh sorts upwards.
             basis = torch.linalg.eigh(self.statistics.cpu().double())[1].flip(1).t().to(self.vector)

@@ -1,0 +1,160 @@
+"""The files of a checkpoint as they lie on a disk: found, verified, and read within bounds.
+
+Whatever a file says about names, shapes and sizes is checked before anything is allocated by it, and no name in it is
+followed out of its folder: a checkpoint may come from somebody else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePath
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from velora_pretrain.errors import UserError
+from velora_pretrain.records import RunFolder
+
+STATE_FILE, STATE_TENSORS, WEIGHTS, CONFIG = (
+    "training_state.json",
+    "training_state.safetensors",
+    "model.safetensors",
+    "config.json",
+)
+MAX_JSON_BYTES = 1 << 24
+"""Largest JSON file of a checkpoint that is read."""
+
+
+class DamagedCheckpoint(Exception):
+    """A checkpoint that cannot be used; the message says what is wrong with it."""
+
+
+def newest_whole(folder: RunFolder, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint whose files are all as they were written, and its state; None where there is none.
+
+    Args:
+        folder: the run.
+        warn: told of each newer checkpoint that is damaged, and why.
+    """
+    for path in folder.checkpoints_newest_first():
+        try:
+            return path, verified_state(path)
+        except DamagedCheckpoint as damage:
+            warn(f"{path} is damaged ({damage}) and is not used")
+    return None
+
+
+def set_aside_newer(folder: RunFolder, than: Path | None) -> None:
+    """Renames the checkpoints newer than `than`, which are damaged, so that none of them counts as the newest."""
+    for path in folder.checkpoints_newest_first():
+        if than is not None and path.name <= than.name:
+            return
+        shutil.rmtree(path.with_name(f"damaged-{path.name}"), ignore_errors=True)
+        path.rename(path.with_name(f"damaged-{path.name}"))
+
+
+def verified_state(path: Path) -> dict[str, Any]:
+    """The state of a checkpoint whose files have the hashes they were written with.
+
+    Raises:
+        DamagedCheckpoint: a file is missing or changed, or training_state.json says what it cannot.
+    """
+    try:
+        state = read_json(path / STATE_FILE)
+    except (OSError, ValueError) as error:
+        raise DamagedCheckpoint(f"{STATE_FILE} cannot be read: {reason_of(error)}") from None
+    fault = _state_fault(state, path)
+    if fault:
+        raise DamagedCheckpoint(f"{STATE_FILE}: {fault}")
+    for name, sha256 in state["sha256"].items():
+        file = path / name
+        if not file.is_file():
+            raise DamagedCheckpoint(f"{name} is missing")
+        if sha256_of(file) != sha256:
+            raise DamagedCheckpoint(f"{name} is not what was written")
+    return state
+
+
+def _state_fault(state: dict[str, Any], path: Path) -> str | None:
+    """What is wrong with the content of a training_state.json, if anything."""
+    hashes = state.get("sha256")
+    if not isinstance(hashes, dict) or not all(isinstance(value, str) for value in hashes.values()):
+        return "names no files"
+    outside = [name for name in hashes if PurePath(name).name != name or name in ("", ".", "..")]
+    if outside:
+        return f"{outside[0]!r} is no name of a file of this folder"
+    missing = [name for name in (WEIGHTS, STATE_TENSORS, CONFIG) if name not in hashes]
+    if missing:
+        return f"does not name {missing[0]}"
+    for key, kinds in {"step": (int,), "tokens": (int,), "cursor": (dict, type(None))}.items():
+        if type(state.get(key)) not in kinds:
+            return f"{key} is {state.get(key)!r}"
+    number = path.name.removeprefix("step-")
+    if min(state["step"], state["tokens"]) < 0 or (number.isdigit() and int(number) != state["step"]):
+        return f"step {state['step']}, tokens {state['tokens']} cannot be those of {path.name}"
+    return None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of bounded size.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is too large, or no JSON object.
+    """
+    with path.open("rb") as file:
+        content = file.read(MAX_JSON_BYTES + 1)
+    if len(content) > MAX_JSON_BYTES:
+        raise ValueError(f"larger than {MAX_JSON_BYTES} bytes")
+    try:
+        value = json.loads(content)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object")
+    return value
+
+
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors of a safetensors file, by its header alone.
+
+    Raises:
+        UserError: the file is cut short or no safetensors file.
+    """
+    with _opened(path) as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
+def read_tensors(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
+    """Tensors of a safetensors file.
+
+    Raises:
+        UserError: the file is cut short or no safetensors file.
+    """
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in names}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: not a whole safetensors file ({reason_of(error)})") from None
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def reason_of(error: Exception) -> str:
+    """What went wrong with a file, in a few words."""
+    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error).splitlines()[0]

@@ -1,0 +1,76 @@
+"""One process writes to a run folder at a time: an advisory lock on a file of it, which ends with its holder.
+
+The operating system drops the lock when its process ends, be it by kill -9, so nothing is left to clean up. It holds
+between machines where their file system passes locks on, as NFS does. No torch here.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+from pathlib import Path
+from types import TracebackType
+
+from velora_pretrain.errors import UserError
+
+LOCK_FILE = "run.lock"
+
+
+class RunLock:
+    """The right to write to a run folder, from `take` to `release`; a context manager that releases it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / LOCK_FILE
+        self._descriptor: int | None = None
+
+    def take(self) -> None:
+        """Takes the lock; makes the folder if it is missing. Harmless when repeated.
+
+        Raises:
+            UserError: another process has it, or the folder cannot be written.
+        """
+        if self._descriptor is not None:
+            return
+        folder = self._path.parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            # Not to be inherited: a child that outlives this process would go on holding it.
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise UserError(f"{folder}: the run folder cannot be written ({error.strerror})") from None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = _holder(descriptor)
+            os.close(descriptor)
+            raise UserError(
+                f"{folder}: {holder} is training in this folder; wait for it, stop it, or give another --run-dir"
+            ) from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "host": platform.node()}).encode(), 0)
+        self._descriptor = descriptor
+
+    def release(self) -> None:
+        """Gives the lock back; harmless when repeated."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __enter__(self) -> RunLock:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+def _holder(descriptor: int) -> str:
+    """Who holds the lock, as far as the file tells."""
+    try:
+        holder = json.loads(os.pread(descriptor, 1000, 0))
+        return f"process {int(holder['pid'])} on {holder['host']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
