@@ -16,8 +16,13 @@ class FileServer:
     """How a reply says where it ends: "length", "chunked", or "close" for not at all."""
     cuts: list[int] = field(default_factory=list)
     """The n-th reply with a body closes the connection after so many bytes of it."""
+    excesses: list[int] = field(default_factory=list)
+    """The n-th reply with a body states a length, and a size of the file, so many bytes above the truth."""
     statuses: list[int] = field(default_factory=list)
     """The n-th request is answered with this status."""
+    headers: dict[str, str] = field(default_factory=dict)
+    """Also sent with `statuses`."""
+    content_type: str = "application/octet-stream"
     redirects: dict[str, str] = field(default_factory=dict)
     etags: list[str] = field(default_factory=list)
     requests: list[tuple[str, dict[str, str]]] = field(default_factory=list)
@@ -36,7 +41,7 @@ def _handler(server: FileServer) -> type[http.server.BaseHTTPRequestHandler]:
             self.close_connection = True
             path = self.path.partition("?")[0]
             if server.statuses:
-                return self._plain(server.statuses.pop(0))
+                return self._plain(server.statuses.pop(0), **server.headers)
             if path in server.redirects:
                 return self._plain(302, Location=server.redirects[path])
             if path not in server.files:
@@ -51,19 +56,21 @@ def _handler(server: FileServer) -> type[http.server.BaseHTTPRequestHandler]:
 
         def _file(self, whole):
             body, asked = whole, self.headers.get("Range")
+            excess = server.excesses.pop(0) if server.excesses else 0
             if asked and server.ranges:
                 first, _, last = asked.removeprefix("bytes=").partition("-")
                 body = whole[int(first) : int(last) + 1 if last else None]
                 self.send_response(206)
                 end = int(first) + len(body) - 1
-                self.send_header("Content-Range", f"bytes {first}-{end}/{len(whole)}")
+                self.send_header("Content-Range", f"bytes {first}-{end}/{len(whole) + excess}")
             else:
                 self.send_response(200)
+            self.send_header("Content-Type", server.content_type)
             if server.etags:
                 self.send_header("ETag", server.etags.pop(0))
             cut = server.cuts.pop(0) if server.cuts else None
             if server.framing == "length":
-                self.send_header("Content-Length", str(len(body)))
+                self.send_header("Content-Length", str(len(body) + excess))
             if server.framing == "chunked":
                 self.send_header("Transfer-Encoding", "chunked")
             self.send_header("Connection", "close")

@@ -1,14 +1,17 @@
 """The bytes of a shard that lies on the Hugging Face hub or at a web address.
 
-`HttpFile` is one GET per shard. It goes on at the byte where a connection broke, and never takes a short body for the
-end of the file. Only the standard library is used: which http client `datasets` brings changes between its releases.
+`HttpFile` is one GET per shard and one more that confirms its end. It goes on where a connection broke, and never takes
+a short body for the end of the file. Only the standard library is used: which http client `datasets` brings changes
+between its releases.
 """
 
 import contextlib
+import functools
 import http.client
 import io
 import logging
 import os
+import re
 import ssl
 import time
 import urllib.error
@@ -20,11 +23,19 @@ from velora_pretrain.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-RETRY_DELAYS_SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0)
+RETRY_DELAYS_SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 60.0, 60.0)
+"""Waits between attempts that bring nothing, five minutes in all."""
+FIRST_CONTACT_RETRIES = 3
+"""Attempts after the first at a server that has never answered this process, so that a mistyped name is soon told."""
+MAX_RETRY_AFTER_SECONDS = 120.0
+"""Longest wait that a server can ask for."""
 TIMEOUT_SECONDS = 30.0
 CHUNK_BYTES = 1 << 20
+OVERLAP_BYTES = 64
 _HUB = "hf://datasets/"
-_RETRIED_STATUS = {408, 425, 429}
+_RETRIED_STATUS = {408, 416, 425, 429}
+_VALIDATORS = ("ETag", "Last-Modified")
+_answering_servers: set[str] = set()
 
 
 def is_remote(shard: str) -> bool:
@@ -71,28 +82,53 @@ def request(shard: str, *, first_byte: int = 0, last_byte: int | None = None) ->
 
 def open_url(asked: urllib.request.Request, *, timeout_seconds: float) -> http.client.HTTPResponse:
     """Send a request; proxies and certificates as the environment sets them."""
+    server = asked.host  # urllib puts a proxy's name in its place
+    try:
+        response = urllib.request.urlopen(asked, timeout=timeout_seconds, context=_certificates())
+    except urllib.error.HTTPError:
+        _answering_servers.add(server)
+        raise
+    _answering_servers.add(server)
+    return response
+
+
+@functools.cache
+def _certificates() -> ssl.SSLContext:
     context = ssl.create_default_context()
     # Some Python installers bring no system certificates; the usual bundle serves where it is installed.
     with contextlib.suppress(ImportError):
         import certifi  # pyright: ignore[reportMissingImports, reportMissingModuleSource]
 
         context.load_verify_locations(certifi.where())
-    return urllib.request.urlopen(asked, timeout=timeout_seconds, context=context)
+    return context
 
 
 class HttpFile(io.RawIOBase):
-    """The bytes of a remote shard from first to last, through broken connections.
+    """The bytes of a remote shard from first to last, through broken connections and false replies.
 
-    A read that fails is tried again after `RETRY_DELAYS_SECONDS`, from the byte where it broke: by a range request, or
-    where the server knows no ranges by reading and dropping what was already delivered. The server's count of bytes
-    decides where the file ends, so a connection closed early is a failure and not an end.
+    An attempt that fails is made again after `RETRY_DELAYS_SECONDS`, which begin anew with every byte that arrives.
+    What is promised, of a server that does not tell the same lie twice running:
+
+    * No byte is lost or doubled. A connection that breaks goes on by a range request from `OVERLAP_BYTES` before the
+      break, and what it repeats must be what was delivered. Where the server answers with the whole file, the bytes
+      before the break are read and dropped, and the last of them compared.
+    * A short body is no end. The file ends where one reply says so and a second one, asked for at that place, says the
+      same. Where the server answers with the whole file, the length that it states is the confirmation; where it
+      states none, the end mark of a chunked reply is believed, as nothing more can be asked.
+    * A size that changes while ETag or Last-Modified stay is a false reply, which the next two correct. Where these
+      change, or the server gives neither, the file counts as changed, and reading ends with an error.
+
+    Bytes that are wrong in the middle of a right reply are left to the checksums of the compressed formats.
     """
 
     def __init__(self, shard: str):
         self._shard = shard
+        self._server = urllib.parse.urlsplit(web_address(shard)).netloc
         self._position_bytes = 0
+        self._last_bytes = b""
         self._size_bytes: int | None = None
-        self._etag: str | None = None
+        self._validators: dict[str, str] = {}
+        self._is_over = False
         self._response: http.client.HTTPResponse | None = None
 
     def readable(self) -> bool:
@@ -103,32 +139,37 @@ class HttpFile(io.RawIOBase):
         """Fill `buffer` with the next bytes; 0 at the end of the file.
 
         Raises:
-            UserError: The server refuses the file or knows none of that name.
+            UserError: The server refuses the file, knows none of that name, or has another one meanwhile.
             ConnectionError: Every attempt failed.
         """
-        if self._position_bytes == self._size_bytes:
-            return 0
-        fault: Exception | None = None
-        for delay_seconds in (0.0, *RETRY_DELAYS_SECONDS):
-            if fault is not None:
-                logger.warning(
-                    "%s: %s; trying again from byte %d in %.1f s",
-                    *(self._shard, fault, self._position_bytes, delay_seconds),
-                )
-                time.sleep(delay_seconds)
+        failed = 0
+        while not self._is_over:
             try:
                 return self._read_once(buffer)
             except urllib.error.HTTPError as error:
+                error.close()
                 if error.code < 500 and error.code not in _RETRIED_STATUS:
                     raise UserError(f"{self._shard}: {_refusal(error.code)}") from error
-                fault = error
+                fault: Exception = error
             except (OSError, http.client.HTTPException) as error:
                 fault = error
             self._disconnect()
-        raise ConnectionError(
-            f"{self._shard}: reading failed {len(RETRY_DELAYS_SECONDS) + 1} times at byte {self._position_bytes}: "
-            f"{fault}"
-        )
+            failed += 1
+            delays_seconds = RETRY_DELAYS_SECONDS
+            if self._server not in _answering_servers:
+                delays_seconds = delays_seconds[:FIRST_CONTACT_RETRIES]
+            if failed > len(delays_seconds):
+                place = f"{self._position_bytes}{f' of {self._size_bytes}' if self._size_bytes else ''}"
+                raise ConnectionError(
+                    f"{self._shard}: reading failed {failed} times at byte {place}: {fault}"
+                ) from fault
+            delay_seconds = max(delays_seconds[failed - 1], _asked_delay_seconds(fault))
+            logger.warning(
+                "%s: %s; trying again from byte %d in %.1f s",
+                *(self._shard, fault, self._position_bytes, delay_seconds),
+            )
+            time.sleep(delay_seconds)
+        return 0
 
     def close(self) -> None:
         """Drop the connection."""
@@ -136,54 +177,105 @@ class HttpFile(io.RawIOBase):
         super().close()
 
     def _read_once(self, buffer: Any) -> int:
-        if self._response is None:
+        while self._response is None or self._position_bytes == self._size_bytes:
             self._connect()
-        assert self._response is not None
+            if self._is_over:
+                return 0
         # `readinto` would wait for a full buffer, and lose it where a chunked reply breaks.
         content = self._response.read1(len(buffer))
-        if not content and self._size_bytes is not None:
-            raise ConnectionError(f"the connection closed at byte {self._position_bytes} of {self._size_bytes}")
+        if not content:
+            if self._size_bytes is not None:
+                raise ConnectionError(f"the connection closed at byte {self._position_bytes} of {self._size_bytes}")
+            self._size_bytes = self._position_bytes  # a chunked reply's own end, to be confirmed like any other
+            return self._read_once(buffer)
         buffer[: len(content)] = content
         self._position_bytes += len(content)
+        self._last_bytes = (self._last_bytes + content[-OVERLAP_BYTES:])[-OVERLAP_BYTES:]
         return len(content)
 
     def _connect(self) -> None:
-        response = open_url(request(self._shard, first_byte=self._position_bytes), timeout_seconds=TIMEOUT_SECONDS)
+        """Open a reply that goes on at the position. At the stated end, this is the one that confirms it."""
+        self._disconnect()
+        is_stated_end = self._position_bytes == self._size_bytes
+        # One byte at least is left out and one repeated, so that it is a range and, even at the end, not an empty one.
+        first_byte = max(self._position_bytes - OVERLAP_BYTES, min(1, self._position_bytes - 1), 0)
+        response = open_url(request(self._shard, first_byte=first_byte), timeout_seconds=TIMEOUT_SECONDS)
         self._response = response
-        size_bytes, start_byte = self._measure(response)
-        etag = response.headers.get("ETag")
-        for before, now in ((self._size_bytes, size_bytes), (self._etag, etag)):
-            if None not in (before, now) and before != now:
-                raise UserError(f"{self._shard}: the file changed on the server while it was being read; start again")
-        self._size_bytes, self._etag = size_bytes, etag
-        if size_bytes == self._position_bytes == 0:
+        if not response.peek(1) and response.headers.get("Content-Length") != "0":
+            # Headers that are cut off look like whole ones, but no body follows them.
+            raise ConnectionError("the connection closed before the first byte of the body")
+        is_part = response.status == http.HTTPStatus.PARTIAL_CONTENT
+        self._compare(response, self._part(response, first_byte) if is_part else self._length(response))
+        is_end = is_stated_end and self._position_bytes == self._size_bytes
+        if is_end and self._position_bytes == 0:
             raise UserError(f"{self._shard}: the file is empty")
-        while start_byte < self._position_bytes:
-            dropped = len(response.read1(min(CHUNK_BYTES, self._position_bytes - start_byte)))
-            if not dropped:
-                raise ConnectionError(f"the connection closed at byte {start_byte} of {size_bytes}")
-            start_byte += dropped
+        # A whole file need not be read again to confirm its length.
+        if self._position_bytes and (is_part or not is_end):
+            self._drop(response, first_byte if is_part else 0)
+        self._is_over = is_end
 
-    def _measure(self, response: http.client.HTTPResponse) -> tuple[int | None, int]:
-        """The size of the whole file (None in a chunked reply, which marks its own end) and the first byte sent."""
-        if response.status == http.HTTPStatus.PARTIAL_CONTENT:
-            span, _, total = response.headers.get("Content-Range", "").removeprefix("bytes ").partition("/")
-            start = span.partition("-")[0]
-            if start != str(self._position_bytes):
-                raise ConnectionError(f"asked for byte {self._position_bytes} on, got bytes {span or 'unnamed'}")
-            return int(total) if total.isdigit() else self._size_bytes, self._position_bytes
+    def _part(self, response: http.client.HTTPResponse, first_byte: int) -> int:
+        """The size of the whole file, from a reply that sends it from `first_byte` on."""
+        span = response.headers.get("Content-Range", "")
+        found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", span.strip())
+        if found is None or int(found[1]) != first_byte:
+            raise ConnectionError(f"asked for byte {first_byte} on, got {span or 'no Content-Range'}")
+        return int(found[2]) + 1 if found[3] == "*" else int(found[3])
+
+    def _length(self, response: http.client.HTTPResponse) -> int | None:
+        """The size of the file, from a reply that sends all of it; None if it is chunked, and so marks its own end."""
+        if response.headers.get_content_type() == "text/html" and response.peek(1).lstrip().startswith(b"<"):
+            raise ConnectionError("the server sends a web page in place of the file")
         length = response.headers.get("Content-Length", "")
         if not length.isdigit() and not response.chunked:
             raise UserError(
                 f"{self._shard}: the server does not say how long the file is, so a cut one could pass for whole; "
                 "download it and give its path"
             )
-        return int(length) if length.isdigit() else None, 0
+        return int(length) if length.isdigit() else None
+
+    def _compare(self, response: http.client.HTTPResponse, size_bytes: int | None) -> None:
+        """Hold what a reply says of the file against what those before it said, once bytes of it are delivered."""
+        validators = {name: response.headers[name] for name in _VALIDATORS if name in response.headers}
+        if not self._position_bytes:
+            self._validators, self._size_bytes = validators, size_bytes
+            return
+        shared = next((name for name in _VALIDATORS if name in validators and name in self._validators), None)
+        is_changed = shared is not None and validators[shared] != self._validators[shared]
+        is_too_small = size_bytes is not None and size_bytes < self._position_bytes
+        is_disputed = is_too_small or (None not in (size_bytes, self._size_bytes) and size_bytes != self._size_bytes)
+        if is_changed or (is_disputed and not self._validators):
+            raise UserError(f"{self._shard}: the file changed on the server while it was being read; start again")
+        if is_disputed:
+            before = self._size_bytes or "more"
+            if shared and not is_too_small:
+                self._size_bytes = size_bytes
+            raise ConnectionError(f"the file has {size_bytes} bytes by this reply, {before} by those before")
+        self._validators = {**self._validators, **validators}
+        self._size_bytes = self._size_bytes if size_bytes is None else size_bytes
+
+    def _drop(self, response: http.client.HTTPResponse, start_byte: int) -> None:
+        """Read what was delivered before, from `start_byte` on, and see that it is the same."""
+        seen = b""
+        while start_byte < self._position_bytes:
+            dropped = response.read1(min(CHUNK_BYTES, self._position_bytes - start_byte))
+            if not dropped:
+                raise ConnectionError(f"the connection closed at byte {start_byte}")
+            start_byte += len(dropped)
+            seen = (seen + dropped)[-OVERLAP_BYTES:]
+        if not self._last_bytes.endswith(seen):
+            raise ConnectionError(f"the reply has other bytes before byte {self._position_bytes} than were read there")
 
     def _disconnect(self) -> None:
         if self._response is not None:
             self._response.close()
             self._response = None
+
+
+def _asked_delay_seconds(fault: Exception) -> float:
+    """How long the server asks to wait, within bounds; 0 if it does not say in seconds."""
+    asked = fault.headers.get("Retry-After", "") if isinstance(fault, urllib.error.HTTPError) else ""
+    return min(float(asked), MAX_RETRY_AFTER_SECONDS) if asked.isdecimal() else 0.0
 
 
 def _refusal(status: int) -> str:

@@ -202,7 +202,7 @@ def _open_seekable(shard: str) -> Iterator[BinaryIO]:
 class _ZstdFile(io.RawIOBase):
     """Unzstded bytes of all frames. The library's own reader takes a frame that is cut short for a whole one."""
 
-    def __init__(self, compressed: BinaryIO):
+    def __init__(self, compressed: io.BufferedReader | BinaryIO):
         try:
             import zstandard
         except ImportError as error:
