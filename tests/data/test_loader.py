@@ -1,7 +1,9 @@
 """Batches: what every rank gets, in which order, after any interruption."""
 
 import gc
+import hashlib
 import json
+import re
 import threading
 import time
 from pathlib import Path
@@ -12,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from velora_pretrain.data import loader as loader_module
-from velora_pretrain.data.c4 import Source, resolve
+from velora_pretrain.data.c4 import Cursor, Source, resolve
 from velora_pretrain.data.loader import IGNORE_INDEX, TrainLoader, evaluation_batches, shift_labels
+from velora_pretrain.data.packing import Document, Padder
 from velora_pretrain.data.prefetch import Prefetcher
 from velora_pretrain.errors import UserError
 
@@ -57,7 +60,7 @@ def take(source, count, **options):
 def assert_same(batch, other):
     assert torch.equal(batch.inputs, other.inputs) and torch.equal(batch.labels, other.labels)
     assert (batch.num_target_tokens, batch.num_input_tokens) == (other.num_target_tokens, other.num_input_tokens)
-    assert batch.cursor == other.cursor
+    assert (batch.cursor, batch.digest) == (other.cursor, other.digest)
 
 
 @pytest.mark.parametrize("packing", ["pad", "pack"])
@@ -117,7 +120,7 @@ def test_ranks_are_disjoint_and_cover_through_an_interruption(
             for batch in batches:
                 assert batch.num_target_tokens == straight[step].num_target_tokens
                 assert batch.num_input_tokens == straight[step].num_input_tokens
-                assert batch.cursor == straight[step].cursor
+                assert (batch.cursor, batch.digest) == (straight[step].cursor, straight[step].digest)
         if stop:
             cursor = json.loads(json.dumps(straight[stop - 1].cursor))
 
@@ -132,6 +135,35 @@ def test_a_resume_is_bitwise_the_straight_run_at_every_step(source, packing, chu
         assert len(json.dumps(cursor)) < 400
         for batch, expected in zip(take(source, 2, packing=packing, cursor=cursor), straight[step + 1 :], strict=False):
             assert_same(batch, expected)
+
+
+@pytest.mark.parametrize("packing", ["pad", "pack"])
+def test_a_digest_names_the_documents_of_the_global_batch(source, packing):
+    options = {"packing": packing, "sequences": 4}
+    digests = [batch.digest for batch in take(source, 12, **options)]
+    assert len(set(digests)) == 12
+    assert all(re.fullmatch("[0-9a-f]{16}", digest) for digest in digests)
+    for world_size in (1, 2, 4):
+        for rank in range(world_size):
+            batches = take(source, 12, rank=rank, world_size=world_size, **options)
+            assert [batch.digest for batch in batches] == digests
+    (batch,) = take(source, 1, **options)
+    lengths = (batch.labels != IGNORE_INDEX).sum(dim=1) + 1
+    content = batch.inputs.numpy().astype("<i8").tobytes() + lengths.numpy().astype("<i8").tobytes()
+    assert batch.digest == hashlib.blake2b(content, digest_size=8).hexdigest()
+    (batch, *_) = evaluation_batches(source, TOKENIZER, packing=packing, sequence_length=8, sequences=4)
+    assert batch.digest == ""
+
+
+def test_a_digest_depends_on_every_token_and_length():
+    rows = Padder(6, eos_id=1, pad_id=0).add([Document(Cursor(document=n), [5, 6, 7]) for n in range(3)])
+    digests = {loader_module._digest(rows)}
+    for numbers in (rows.tokens, rows.lengths):
+        for place in range(numbers.size):
+            numbers.flat[place] += 1
+            digests.add(loader_module._digest(rows))
+            numbers.flat[place] -= 1
+    assert len(digests) == 1 + rows.tokens.size + rows.lengths.size
 
 
 def test_prefetching_changes_nothing(source):

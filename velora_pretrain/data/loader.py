@@ -69,6 +69,9 @@ class Batch:
     """UTF-8 bytes of text that the global batch's targets stand for; 0 in training, where nobody counts them."""
     cursor: dict[str, Any]
     """The place after this batch, for JSON."""
+    digest: str
+    """16 hex digits of the global batch's tokens and lengths, the same on every rank and for every world size. Names
+    the documents of the batch, so that runs can be shown to have read the same; empty in evaluation."""
 
 
 def shift_labels(
@@ -267,6 +270,7 @@ def _packed(chunks: Iterable[list[Document]], packer: Packing) -> Iterator[Seque
 
 
 def _batch(group: Sequences, rank: int, world_size: int, order: dict[str, Any]) -> Batch:
+    """One rank's part of a global batch; `order` says what its place in the data depends on, nothing in evaluation."""
     mine = slice(len(group) * rank // world_size, len(group) * (rank + 1) // world_size)
     inputs = torch.tensor(group.tokens[mine])
     return Batch(
@@ -277,7 +281,15 @@ def _batch(group: Sequences, rank: int, world_size: int, order: dict[str, Any]) 
         num_input_tokens=int(group.lengths.sum()),
         target_bytes=int(group.token_bytes[:, 1:].sum()),
         cursor={**dataclasses.asdict(group.after[-1]), "order": order},
+        digest=_digest(group) if order else "",
     )
+
+
+def _digest(group: Sequences) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for numbers in (group.tokens, group.lengths):
+        digest.update(numbers.astype("<i8", copy=False).tobytes())
+    return digest.hexdigest()
 
 
 def _fingerprint(source: Source) -> str:
