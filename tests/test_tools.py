@@ -207,3 +207,31 @@ def test_bench_growth_holds_time_and_bytes_against_theory(
     assert slopes["matmul_operations"] == pytest.approx(1.0)
     assert 0 < slopes["theory_bytes"] < 1
     assert {path.name for path in (tmp_path / "plots").iterdir()} == {"growth.png", "growth.svg"}
+
+
+def test_fault_injection_loses_nothing_and_says_when_it_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fault_injection
+
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    arguments = ["--files=1", "--documents=30", "--requests=100", "--timeout=0.1"]
+    content = figures("fault_injection", tmp_path / "faults.json", *arguments)
+    assert content["requests"] >= 100
+    assert content["faults"] == sum(content["faults_by_kind"].values()) > 20
+    assert content["retries_logged"] > 10
+    assert content["documents_read"] == 4 * 30 * content["passes"]
+    assert "documents lost" in capsys.readouterr().out
+
+    own = runs.write_documents(tmp_path / "own.jsonl", 20)
+    assert fault_injection.main([f"--data={own}", "--requests=5", "--fault-rate=0"]) == 0
+    read = fault_injection.read_texts
+
+    def careless(source: Any, seed: int) -> list[str]:
+        texts = read(source, seed)
+        return [*texts[1:], texts[-1]] if source.shards[0].startswith("http") else texts
+
+    monkeypatch.setattr(fault_injection, "read_texts", careless)
+    assert fault_injection.main([f"--data={own}", "--requests=5", "--json", str(tmp_path / "bad.json")]) == 1
+    bad = json.loads((tmp_path / "bad.json").read_text())
+    assert bad["documents_lost"] == bad["documents_doubled"] == bad["passes_out_of_order"] == bad["passes"] > 0
