@@ -1,11 +1,13 @@
 """Reading through servers that break off, count wrongly, and know no ranges."""
 
+import errno
 import gzip
 import http.client
 import io
 import json
 import logging
 import os
+import shutil
 import socket
 import urllib.error
 
@@ -205,6 +207,18 @@ def test_remote_parquet_through_a_broken_connection():
     pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), stored)
     with serve(files={"/a.parquet": stored.getvalue()}, cuts=[100_000]) as server:
         assert texts_of(f"{server.url}/a.parquet") == TEXTS
+
+
+def test_remote_parquet_without_room_for_its_copy_is_told(monkeypatch):
+    def is_full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfileobj", is_full)
+    with (
+        serve(files={"/a.parquet": RAW}) as server,
+        pytest.raises(UserError, match=r"/a\.parquet: no room for a copy in /.*; let TMPDIR name a larger folder"),
+    ):
+        texts_of(f"{server.url}/a.parquet")
 
 
 def test_hub_files_follow_the_endpoint_and_keep_the_token_to_it(monkeypatch):

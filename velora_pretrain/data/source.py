@@ -9,6 +9,7 @@ or the first broken record, take a carriage return for the end of a line, and te
 """
 
 import contextlib
+import errno
 import gzip
 import io
 import json
@@ -194,8 +195,15 @@ def _open_seekable(shard: str) -> Iterator[BinaryIO]:
             yield file
             return
         with tempfile.TemporaryFile() as copy:
-            shutil.copyfileobj(file, copy, CHUNK_BYTES)
-            copy.seek(0)
+            try:
+                shutil.copyfileobj(file, copy, CHUNK_BYTES)
+                copy.seek(0)
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+                raise UserError(
+                    f"{shard}: no room for a copy in {tempfile.gettempdir()}; let TMPDIR name a larger folder"
+                ) from error
             yield copy  # pyright: ignore[reportReturnType]
 
 
