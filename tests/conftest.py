@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tomli_w
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 sys.path.insert(0, str(Path(__file__).parent))  # for tests/runs.py
 
 import runs

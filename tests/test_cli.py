@@ -382,7 +382,8 @@ def test_records_have_null_where_json_has_no_number(tmp_path: Path):
     evaluation = {**EVALUATION, "perplexity": math.inf, "bits_per_byte": math.nan}
     folder.append(EvaluationRecord(**evaluation))
     numbers = dict.fromkeys(["loss_nats_per_token", "learning_rate", "grad_norm", "tokens_per_second"], -math.inf)
-    folder.append(TrainingRecord(step=3, tokens=1, peak_memory_bytes=1, data_wait_seconds=0.5, **numbers))
+    others = {"peak_memory_bytes": 1, "data_wait_seconds": 0.5, "batch_digest": ""}
+    folder.append(TrainingRecord(step=3, tokens=1, **others, **numbers))
     lines = folder.metrics.read_text().splitlines()
     assert strictly(lines[1]) == EVALUATION | {"perplexity": None, "bits_per_byte": None}
     assert strictly(lines[2])["grad_norm"] is None

@@ -41,6 +41,7 @@ def record(step: int) -> TrainingRecord:
         tokens_per_second=12_345.6,
         peak_memory_bytes=3 * 2**29,
         data_wait_seconds=0.0,
+        batch_digest="0123456789abcdef",
     )
 
 

@@ -51,7 +51,7 @@ def test_two_processes_give_the_losses_of_one(tiny_recipe: Callable[..., Path], 
     assert len(lines[0]) == len(lines[1]) == 8
     for single, double in zip(*lines, strict=True):
         assert single.keys() == double.keys()
-        for key in ("step", "tokens", "eval_tokens"):
+        for key in ("step", "tokens", "eval_tokens", "batch_digest"):
             assert single.get(key) == double.get(key)
         measured = {"loss_nats_per_token", "grad_norm", "perplexity", "perplexity_paper", "bits_per_byte"}
         for key in measured & single.keys():

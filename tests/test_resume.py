@@ -1,7 +1,5 @@
 """kill -9 at any moment, then --resume: bitwise the straight run."""
 
-import hashlib
-import json
 import random
 import signal
 import subprocess
@@ -13,11 +11,10 @@ from typing import Any
 
 import pytest
 import runs
-import torch
-from safetensors.torch import load_file
+from run_outcome import outcome
 
 STEPS = 6
-KILLER = Path(__file__).parent / "killer.py"
+KILLER = runs.ROOT / "tools" / "killer.py"
 MODES: dict[str, dict[str, Any]] = {
     "full": {"mode": "full", "packing": "pad"},
     "galore": {"mode": "galore", "modes__galore__rank": 8, "modes__galore__update_gap": 3, "packing": "pack"},
@@ -87,25 +84,6 @@ def recipe_of(tiny_recipe: Callable[..., Path], mode: str, **changes: Any) -> Pa
     return tiny_recipe(**(MODES[mode] | options | changes))
 
 
-def outcome(run: Path) -> dict[str, Any]:
-    """What must be the same: the weights, every record but its times, and the place in the data."""
-    last = run / "checkpoints" / f"step-{STEPS:08d}"
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    timed = ("_per_second", "_seconds", "memory_bytes")
-    timeless = [{key: value for key, value in record.items() if not key.endswith(timed)} for record in records]
-    state = json.loads((last / "training_state.json").read_text())
-    return {
-        "weights": hashlib.sha256((last / "model.safetensors").read_bytes()).hexdigest(),
-        "states": {
-            name: hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
-            for name, tensor in load_file(last / "training_state.safetensors").items()
-        },
-        "records": timeless,
-        "cursor": state["cursor"],
-        "tokens": state["tokens"],
-    }
-
-
 def killed_at(place: str, count: int, *arguments: str) -> None:
     """Runs the tool until it is killed at that place."""
     process = subprocess.run(
@@ -122,7 +100,7 @@ def killed_at(place: str, count: int, *arguments: str) -> None:
 def straight(recipe: Path, folder: Path) -> dict[str, Any]:
     finished = runs.tool("train", "--recipe", str(recipe), "--run-dir", str(folder))
     assert finished.returncode == 0, finished.stderr
-    return outcome(folder)
+    return outcome(folder, STEPS)
 
 
 # Counted over a whole run of 6 steps of 2 micro-batches: each stands within a step, an accumulation or a checkpoint.
@@ -151,7 +129,7 @@ def test_killed_and_resumed_again_and_again(tiny_recipe: Callable[..., Path], tm
     killed_at("optimizer", 2, "train", "--resume", "--run-dir", str(folder))
     finished = runs.tool("train", "--resume", "--run-dir", str(folder))
     assert finished.returncode == 0, finished.stderr
-    assert outcome(folder) == expected
+    assert outcome(folder, STEPS) == expected
 
 
 @pytest.mark.slow
@@ -164,7 +142,7 @@ def test_killed_at_every_place(tiny_recipe: Callable[..., Path], tmp_path: Path,
         killed_at(place, count, "train", "--recipe", str(recipe), "--run-dir", str(folder))
         finished = runs.tool("train", "--resume", "--run-dir", str(folder))
         assert finished.returncode == 0, (place, finished.stderr)
-        assert outcome(folder) == expected, place
+        assert outcome(folder, STEPS) == expected, place
 
 
 @pytest.mark.slow
@@ -184,7 +162,7 @@ def test_killed_at_random_moments(tiny_recipe: Callable[..., Path], tmp_path: Pa
         again = ["--resume"] if (folder / "config.toml").exists() else ["--recipe", str(recipe)]
         finished = runs.tool("train", *again, "--run-dir", str(folder))
         assert finished.returncode == 0, finished.stderr
-        assert outcome(folder) == expected
+        assert outcome(folder, STEPS) == expected
 
 
 @pytest.mark.parametrize(
@@ -223,7 +201,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000003"]
     finished = runs.tool("train", "--resume", "--run-dir", str(folder))
     assert finished.returncode == 0, finished.stderr
-    assert outcome(folder) == expected
+    assert outcome(folder, STEPS) == expected
 
 
 @pytest.mark.parametrize(
@@ -256,7 +234,7 @@ def test_a_second_signal_leaves_the_step_and_loses_no_other(
     again = ["--resume"] if saved else ["--recipe", str(recipe)]
     finished = runs.tool("train", *again, "--run-dir", str(folder))
     assert finished.returncode == 0, finished.stderr
-    assert outcome(folder) == expected
+    assert outcome(folder, STEPS) == expected
 
 
 @pytest.mark.parametrize("mode", ["velora", "flora adamw in backward"])

@@ -1,7 +1,7 @@
 """Stopping a run from outside: first the step is finished, or else left; a checkpoint is written either way.
 
-A first Ctrl-C or SIGTERM only asks to stop: the step is finished. A second leaves the step at once, where that loses
-nothing but the step. A third does what it would do without any of this.
+A first Ctrl-C or SIGTERM only asks to stop: the step is finished, unless it still waits for its data. A second leaves
+the step at once, where that loses nothing but the step. A third does what it would do without any of this.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Interrupted(Exception):
 
 
 class LeaveStep(BaseException):
-    """A second signal came: the step is left where it stands. No `Exception`, so that nothing takes it for a fault."""
+    """A signal came: the step is left where it stands. No `Exception`, so that nothing takes it for a fault."""
 
 
 class StopSignals:
@@ -38,7 +38,7 @@ class StopSignals:
     def __init__(self) -> None:
         self.is_set = False
         """Whether a signal came. Nothing is printed from the handler, which may interrupt a print."""
-        self._is_urgent = self._may_leave = False
+        self._is_urgent = self._may_leave = self._may_leave_at_first = False
         self._first: tuple[int, float] = (0, 0.0)
         self._before: dict[int, Any] = {}
 
@@ -52,19 +52,22 @@ class StopSignals:
         self._restore()
 
     @contextmanager
-    def leavable(self) -> Iterator[None]:
+    def leavable(self, *, at_first: bool = False) -> Iterator[None]:
         """Around what a second signal may cut short at any point.
+
+        Args:
+            at_first: a first signal may, too.
 
         Raises:
             LeaveStep: it came, within or before.
         """
-        self._may_leave = True
+        self._may_leave, self._may_leave_at_first = True, at_first
         try:
-            if self._is_urgent:
+            if self._is_urgent or (at_first and self.is_set):
                 raise LeaveStep
             yield
         finally:
-            self._may_leave = False
+            self._may_leave = self._may_leave_at_first = False
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
@@ -74,6 +77,8 @@ class StopSignals:
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if not self.is_set:
             self.is_set, self._first = True, (number, time.monotonic())
+            if self._may_leave_at_first:
+                raise LeaveStep
             return
         if number != self._first[0] and time.monotonic() - self._first[1] < SAME_REQUEST_SECONDS:
             return

@@ -236,17 +236,18 @@ class Trainer:
         return Interrupted(f"{where}; the last checkpoint is {saved}; go on with: {self._way_on}")
 
     @contextmanager
-    def _leavable(self) -> Iterator[None]:
+    def _leavable(self, *, at_first: bool = False) -> Iterator[None]:
         """Around what a second signal may cut short: where that loses no more than the step that it is in."""
         can_go_back = self.is_whole or self.writer.steps == self.done_steps
-        with self.signals.leavable() if can_go_back else nullcontext():
+        with self.signals.leavable(at_first=at_first) if can_go_back else nullcontext():
             yield
 
     def _step(self, loader: TrainLoader) -> _StepEnd:
         """Takes one optimizer step."""
         run, began, waited = self.run, time.monotonic(), loader.wait_seconds
         self.writer.check()
-        with self._leavable():
+        # Several processes would have to agree on stopping here; they stop after the step.
+        with self._leavable(at_first=self.accelerator.num_processes == 1):
             batch = self._next_batch(loader)
         step = self.done_steps + 1
         multiplier = self.mode.lr_multiplier(step) * lr_multiplier(
@@ -304,6 +305,7 @@ class Trainer:
             tokens_per_second=batch.num_input_tokens / (time.monotonic() - began),
             peak_memory_bytes=self.step_memory.peak_memory_bytes,
             data_wait_seconds=loader.wait_seconds - waited,
+            batch_digest=batch.digest,
             loss_above_median_nats=self.spikes.add(loss),
             skipped_steps=self.skipped_steps or None,
             rollbacks=self.rollbacks or None,
