@@ -235,3 +235,53 @@ def test_fault_injection_loses_nothing_and_says_when_it_does(
     assert fault_injection.main([f"--data={own}", "--requests=5", "--json", str(tmp_path / "bad.json")]) == 1
     bad = json.loads((tmp_path / "bad.json").read_text())
     assert bad["documents_lost"] == bad["documents_doubled"] == bad["passes_out_of_order"] == bad["passes"] > 0
+
+
+def test_torture_kills_resumes_and_finds_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import torture
+
+    found = tmp_path / "found.json"
+    arguments = ["--kills=3", "--modes=velora", "--packings=pack", "--sources=hub", "--fault-rate=0.2"]
+    with pytest.raises(SystemExit) as ended:
+        torture.main([*arguments, "--json", str(found)])
+    figures = json.loads(found.read_text())
+    assert ended.value.code == 0, figures
+    assert figures["kills"] == sum(figures["places"].values()) == 3
+    assert figures["divergences"] == 0
+    assert "3 kills" in capsys.readouterr().out
+
+
+def test_torture_sees_a_run_that_forgets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resumed run that loses its optimizer: the first difference that the tool is there to find."""
+    import torture
+
+    forgetful = (
+        "import sys; sys.path.insert(0, TOOLS)\n"
+        "import killer\n"
+        "from velora_pretrain import trainer\n"
+        "restore = trainer.restore\n"
+        "def forgets(path, *, model, optimizer):\n"
+        "    restore(path, model=model, optimizer=optimizer)\n"
+        "    optimizer.state.clear()\n"
+        "trainer.restore = forgets\n"
+        "killer.main(sys.argv[1:])\n"
+    )
+    (tmp_path / "forgetful.py").write_text(forgetful.replace("TOOLS", repr(str(ROOT / "tools"))))
+    monkeypatch.setattr(torture, "KILLER", tmp_path / "forgetful.py")
+    found = tmp_path / "found.json"
+    with pytest.raises(SystemExit) as ended:
+        torture.main(["--kills=2", "--modes=full", "--packings=pad", "--sources=files", "--json", str(found)])
+    assert ended.value.code == 1
+    assert "weights" in json.loads(found.read_text())["cases"][0]["divergences"][0]
+
+
+def test_soak_watches_a_run_from_outside(tmp_path: Path) -> None:
+    import soak
+
+    found = tmp_path / "found.json"
+    with pytest.raises(SystemExit):  # so few steps need not be flat
+        soak.main(["--steps=200", "--json", str(found)])
+    figures = json.loads(found.read_text())
+    assert [row["last_step"] for row in figures["tenths"]] == list(range(20, 201, 20))
+    assert figures["checkpoints_left"][-1] == "step-00000200"
+    assert all(row["resident_mib"] > 50 and row["files"] > 2 and row["threads"] > 1 for row in figures["tenths"])

@@ -13,7 +13,6 @@ if anything differs.
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import os
 import random
@@ -29,52 +28,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import tomli_w
 from faulty_server import FaultyServer
 from figures import wide_console, write_json
 from rich.table import Table
 from run_outcome import outcome
+from small_run import RECIPE, shard, write_recipe, write_shards
 
 from velora_pretrain.config import MODES
 
 ROOT = Path(__file__).parents[1]
-STEPS = 12
+KILLER = ROOT / "tools" / "killer.py"
+STEPS: int = RECIPE["schedule"]["steps"]
 PACKINGS = ("pad", "pack")
 SOURCES = ("files", "hub")
 CLOCK = "by the clock"
-SHARD_DOCUMENTS = 30
-WORDS = ("the", "one", "old", "new", "red", "train", "river", "house", "dog", "reads", "sees", "makes", "under", "and")
-RECIPE: dict[str, Any] = {
-    "device": "cpu",
-    "tokenizer": "bundled",
-    "model": {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "max_position_embeddings": 32,
-    },
-    "batch": {"sequences": 8, "micro_batch": 4, "sequence_length": 32},
-    "schedule": {"steps": STEPS},
-    "optimizer": {"lr": 0.01},
-    "evaluation": {"every_steps": 5, "tokens": 300},
-    "checkpoint": {"every_steps": 2, "keep_last": 2},
-    "reading": {"holdout_every_documents": 10, "shuffle_block_documents": 8},
-    "modes": {
-        "galore": {"rank": 4, "update_gap": 3},
-        "lora": {"rank": 4, "restart_every": 5},
-        "flora": {"rank": 4, "kappa": 3},
-        "velora": {"layers": "all", "refresh_every": 3},
-    },
-}
-"""Every mode has an event of its own (a refresh, a restart, a new projection) between two checkpoints."""
-
-
-def shard(number: int) -> bytes:
-    """Documents of random words, another shard for each number."""
-    draw = random.Random(number)
-    texts = (" ".join(draw.choices(WORDS, k=draw.randrange(10, 80))) for _ in range(SHARD_DOCUMENTS))
-    return gzip.compress("".join(json.dumps({"text": f"{number} {text}"}) + "\n" for text in texts).encode(), mtime=0)
 
 
 class Hub(Mapping[str, bytes]):
@@ -116,13 +83,8 @@ class Torturer:
         self.case, self.folder, self.endpoints = case, folder, endpoints
         self.draw = random.Random(f"{seed}/{case.mode}/{case.packing}/{case.source}")
         folder.mkdir(parents=True)
-        self.recipe = folder / "recipe.toml"
-        data = str(folder / "data" / "*.json.gz") if case.source == "files" else "c4"
-        self.recipe.write_text(tomli_w.dumps({"mode": case.mode, "packing": case.packing, "data": data, **RECIPE}))
-        if case.source == "files":
-            (folder / "data").mkdir()
-            for number in range(12):
-                (folder / "data" / f"{number:02d}.json.gz").write_bytes(shard(number))
+        data = write_shards(folder / "data", 12) if case.source == "files" else "c4"
+        self.recipe = write_recipe(folder / "recipe.toml", mode=case.mode, packing=case.packing, data=data)
 
     def run(self, kills: int) -> None:
         """Kills so many times, and compares what comes out."""
@@ -189,7 +151,7 @@ class Torturer:
         """Starts a run, or goes on with it."""
         folder = self.folder / name
         what = ["--resume"] if (folder / "config.toml").exists() else ["--recipe", str(self.recipe)]
-        command = [sys.executable, str(ROOT / "tools" / "killer.py"), *how, "train", *what, "--run-dir", str(folder)]
+        command = [sys.executable, str(KILLER), *how, "train", *what, "--run-dir", str(folder)]
         with (self.folder / f"{name}.log").open("ab") as log:
             return subprocess.Popen(
                 command, env=self.environment(is_reliable), stdin=subprocess.DEVNULL, stdout=log, stderr=log
