@@ -88,10 +88,25 @@ def test_the_last_one_is_there_when_saving_returns(writing: Any) -> None:
 
 def test_where_memory_is_short_no_copy_is_made(writing: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(saving, "free_memory_bytes", lambda device: 10_000)
-    monkeypatch.setattr(checkpoint.Snapshot, "copied", lambda self: pytest.fail("copied"))
+    monkeypatch.setattr(saving.CopyRoom, "keep", lambda *_: pytest.fail("copied"))
     writing.may_go_on.set()
     writing.save(1)
     assert (writing.folder.checkpoints / "step-00000001").is_dir()
+
+
+def test_room_is_made_once_and_fits(writing: Any) -> None:
+    writing.may_go_on.set()
+    writing.writer.prepare()
+    writing.writer.wait()
+    room = writing.writer._room
+    places = {name: buffer.data_ptr() for name, buffer in room._buffers.items()}
+    for step in (1, 2):
+        writing.save(step)
+        writing.writer.wait()
+        assert writing.writer._room is room
+        assert {name: buffer.data_ptr() for name, buffer in room._buffers.items() if "random" not in name} == {
+            name: place for name, place in places.items() if "random" not in name
+        }
 
 
 def test_what_goes_wrong_is_raised_at_the_next_check(writing: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,17 +70,14 @@ class Snapshot:
     progress: dict[str, Any]
     """What else to resume from, for JSON: tokens, cursor."""
 
-    @property
-    def num_bytes(self) -> int:
-        """Memory of its tensors."""
-        return sum(tensor.nbytes for each in (self.weights, self.state) for tensor in each.values())
 
-    def copied(self) -> Snapshot:
-        """The same in memory of its own, which training leaves as it is."""
-        weights, state = (
-            {name: tensor.clone() for name, tensor in each.items()} for each in (self.weights, self.state)
-        )
-        return replace(self, weights=weights, state=state)
+Keep = Callable[[str, Tensor], Tensor]
+"""Where a tensor of a snapshot is kept: takes its name in the checkpoint's files, gives it on the CPU, contiguous."""
+
+
+def as_it_is(name: str, tensor: Tensor) -> Tensor:
+    """Keeps a tensor where it is, if that is the CPU: a snapshot for which nothing may move until it is written."""
+    return tensor.cpu().contiguous()
 
 
 def take_snapshot(
@@ -91,8 +88,9 @@ def take_snapshot(
     optimizer: Optimizer,
     progress: dict[str, Any],
     token_ids: dict[str, int],
+    keep: Keep = as_it_is,
 ) -> Snapshot:
-    """What a checkpoint of this moment holds; on a CPU it shares the memory of model and optimizer.
+    """What a checkpoint of this moment holds.
 
     Args:
         step: optimizer steps done.
@@ -101,9 +99,10 @@ def take_snapshot(
         optimizer: over its parameters.
         progress: what else to resume from, for JSON: tokens, cursor.
         token_ids: `pad_token_id`, `eos_token_id` and so on, for config.json.
+        keep: where its tensors are kept.
     """
-    weights, own = split_state(model, config)
-    state = own | _optimizer_tensors(model, optimizer) | _random_states()
+    weights, own = split_state(model, config, keep)
+    state = own | _optimizer_tensors(model, optimizer, keep) | _random_states()
     dtype = DTYPE_NAMES[next(iter(weights.values())).dtype]
     described = hugging_face_config(config, dtype, token_ids)
     return Snapshot(step=step, weights=weights, state=state, config=described, progress=progress)
@@ -252,23 +251,27 @@ def _optimizer_fault(parameter: Tensor | None, shape: Shape) -> str | None:
     return None if math.prod(shape) <= bound else f"has shape {shape}, far more than its parameter"
 
 
-def split_state(model: nn.Module, config: LlamaConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def split_state(
+    model: nn.Module, config: LlamaConfig, keep: Keep = as_it_is
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The plain LLaMA's tensors by their names, and the mode's own under `model.`; on the CPU."""
     with torch.device("meta"):
         plain = Llama(config).state_dict().keys()
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    # Layers share tensors of the mode's own, which safetensors would refuse.
     own = {f"model.{name}": tensor.clone() for name, tensor in state.items() if name not in plain}
-    return {name: state[name] for name in plain}, own
+    return {name: keep(name, state[name]) for name in plain}, {name: keep(name, own[name]) for name in own}
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+def _optimizer_tensors(model: nn.Module, optimizer: Optimizer, keep: Keep) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
-            tensor = value if isinstance(value, Tensor) else torch.tensor(value)
+            tensor = value.detach() if isinstance(value, Tensor) else torch.tensor(value)
             # Read back it will be: products of another layout could have other bits.
             assert tensor.is_contiguous(), (name, key)
-            tensors[f"optimizer.{name}.{key}"] = tensor.detach().cpu().contiguous()
+            file_name = f"optimizer.{name}.{key}"
+            tensors[file_name] = keep(file_name, tensor)
     return tensors
 
 

@@ -1,17 +1,21 @@
-"""When and where a run's checkpoints are written: beside the training, from a copy, or at once."""
+"""When and where a run's checkpoints are written: beside the training, from a copy, or at once.
+
+The copy's memory is kept from one checkpoint to the next: to touch fresh memory takes many times as long as to copy.
+From a GPU the copy goes through pinned memory and in the order of the stream, so that the loop does not wait for it.
+"""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from velora_pretrain.checkpoint import Snapshot, take_snapshot, write
+from velora_pretrain.checkpoint import Keep, Snapshot, as_it_is, take_snapshot, write
 from velora_pretrain.config import Run
 from velora_pretrain.data.tokenizer import Tokenizer
 from velora_pretrain.prediction import free_memory_bytes
@@ -19,6 +23,26 @@ from velora_pretrain.records import RunFolder
 
 COPY_SHARE = 0.5
 """Share of the host's free memory that the copy of a checkpoint may take."""
+
+
+class CopyRoom:
+    """Memory on the host for the tensors of a snapshot, made once."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def make(self, snapshot: Snapshot, *, is_pinned: bool) -> None:
+        """Makes room for tensors like those of `snapshot`, and touches it."""
+        for tensors in (snapshot.weights, snapshot.state):
+            for name, tensor in tensors.items():
+                self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=is_pinned).zero_()
+
+    def keep(self, name: str, tensor: Tensor) -> Tensor:
+        """Copies a tensor here; from a GPU in the order of its stream, without waiting."""
+        buffer = self._buffers.get(name)
+        if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
+            buffer = self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        return buffer.copy_(tensor, non_blocking=True)
 
 
 class CheckpointWriter:
@@ -38,8 +62,10 @@ class CheckpointWriter:
     ) -> None:
         self._run, self._folder, self._tokenizer = run, folder, tokenizer
         self._model, self._optimizer = model, optimizer
+        self._device = next(model.parameters()).device
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._writing: Future[Path] | None = None
+        self._pending: Future[None] | None = None
+        self._room: CopyRoom | None = None
         self._saved_seconds = time.monotonic()
         self.steps = steps
         """Optimizer steps of the newest checkpoint, be it still being written."""
@@ -48,6 +74,17 @@ class CheckpointWriter:
     def minutes(self) -> float:
         """Since the newest checkpoint was begun, or this process."""
         return (time.monotonic() - self._saved_seconds) / 60
+
+    def prepare(self) -> None:
+        """Makes room for the copies beside the training, so that the first checkpoint need not; once states are there.
+
+        Where memory is short nothing is made, and checkpoints are written at once.
+        """
+        snapshot = self._snapshot(0, {}, keep=lambda name, tensor: tensor.detach())
+        size_bytes = sum(tensor.nbytes for each in (snapshot.weights, snapshot.state) for tensor in each.values())
+        if self._run.checkpoint.background and size_bytes <= COPY_SHARE * free_memory_bytes(torch.device("cpu")):
+            self._room = CopyRoom()
+            self._pending = self._thread.submit(self._room.make, snapshot, is_pinned=self._device.type == "cuda")
 
     def save(self, step: int, progress: dict[str, Any], *, beside_training: bool) -> None:
         """Writes the checkpoint of `step`, after the one before is written.
@@ -62,46 +99,57 @@ class CheckpointWriter:
             UserError: the disk is full or not writable; earlier checkpoints are untouched.
         """
         self.wait()
-        snapshot = take_snapshot(
+        if beside_training and self._room is None:
+            self.prepare()
+            self.wait()
+        if beside_training and self._room is not None:
+            snapshot = self._snapshot(step, progress, keep=self._room.keep)
+            self._pending = self._thread.submit(self._write, snapshot, when=self._copied())
+        else:
+            self._write(self._snapshot(step, progress, keep=as_it_is))
+        self._saved_seconds, self.steps = time.monotonic(), step
+
+    def check(self) -> None:
+        """Raises what went wrong with a checkpoint that was written beside the training, as `save` does."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns when the checkpoint that is being written is whole; raises as `save` does."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Waits for a checkpoint that is being written, and says nothing about how it went."""
+        self._thread.shutdown(wait=True)
+
+    def _snapshot(self, step: int, progress: dict[str, Any], keep: Keep) -> Snapshot:
+        return take_snapshot(
             step=step,
             model=self._model,
             config=self._run.llama,
             optimizer=self._optimizer,
             progress=progress,
             token_ids={"pad_token_id": self._tokenizer.pad_id, "eos_token_id": self._tokenizer.eos_id},
+            keep=keep,
         )
+
+    def _copied(self) -> Callable[[], None]:
+        """Waits, when it is called, for the copies that were begun before."""
+        if self._device.type != "cuda":
+            return lambda: None
+        event = torch.cuda.Event()
+        event.record()
+        return event.synchronize
+
+    def _write(self, snapshot: Snapshot, when: Callable[[], None] = lambda: None) -> None:
+        when()
         settings = self._run.checkpoint
-        if beside_training and settings.background and _may_copy(snapshot):
-            self._writing = self._thread.submit(self._write, snapshot.copied())
-        else:
-            self._write(snapshot)
-        self._saved_seconds, self.steps = time.monotonic(), step
-
-    def check(self) -> None:
-        """Raises what went wrong with a checkpoint that was written beside the training, as `save` does."""
-        if self._writing is not None and self._writing.done():
-            self.wait()
-
-    def wait(self) -> None:
-        """Returns when the checkpoint that is being written is whole; raises as `save` does."""
-        writing, self._writing = self._writing, None
-        if writing is not None:
-            writing.result()
-
-    def close(self) -> None:
-        """Waits for a checkpoint that is being written, and says nothing about how it went."""
-        self._thread.shutdown(wait=True)
-
-    def _write(self, snapshot: Snapshot) -> Path:
-        settings = self._run.checkpoint
-        return write(
+        write(
             self._folder,
             snapshot,
             save_tokenizer=self._tokenizer.save_pretrained,
             keep_last=settings.keep_last,
             keep_every_steps=settings.keep_every_steps,
         )
-
-
-def _may_copy(snapshot: Snapshot) -> bool:
-    return snapshot.num_bytes <= COPY_SHARE * free_memory_bytes(torch.device("cpu"))

@@ -193,9 +193,12 @@ class Trainer:
             if run.compile and self.device.type == "cpu":
                 # What a compiled graph does cannot be watched operation by operation.
                 measured_step = 0
+            first_step = self.done_steps + 1
             while self.done_steps < run.steps:
                 with self.step_memory.watch(is_due=self.done_steps + 1 == measured_step):
                     end = self._step(loader)
+                if self.done_steps == first_step < run.checkpoint.every_steps:
+                    self.writer.prepare()
                 is_stopped = not self._evaluate_if_due() or end.is_stopped
                 is_last = self.done_steps == run.steps
                 if end.is_due or is_stopped or is_last or _is_multiple(self.done_steps, run.checkpoint.every_steps):
