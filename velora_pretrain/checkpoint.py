@@ -36,7 +36,13 @@ STATE_FILE, STATE_TENSORS, WEIGHTS, CONFIG = (
     "model.safetensors",
     "config.json",
 )
+Cut = Callable[[str, Tensor], Tensor]
+"""Of a tensor that is or belongs to a named parameter or buffer: from a part to the whole, or back."""
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+def _as_it_is(name: str, tensor: Tensor) -> Tensor:
+    return tensor
 
 
 class WeightsNotFinite(UserError):
@@ -58,6 +64,7 @@ def save(
     token_ids: dict[str, int],
     save_tokenizer: Callable[[Path], None],
     keep_last: int,
+    whole: Cut = _as_it_is,
 ) -> Path:
     """Writes the checkpoint of `step` and removes all but the `keep_last` newest.
 
@@ -71,6 +78,7 @@ def save(
         token_ids: `pad_token_id`, `eos_token_id` and so on, for config.json.
         save_tokenizer: writes the tokenizer's files into a folder.
         keep_last: whole checkpoints to keep, this one included.
+        whole: where the model holds parts of its tensors, gives the whole of one; asked as by `snapshot`.
 
     Raises:
         WeightsNotFinite: what its name says.
@@ -78,7 +86,7 @@ def save(
     """
     target = folder.checkpoint(step)
     temporary = target.with_name(f".{target.name}.tmp")
-    weights, own = split_state(model, config)
+    weights, states = snapshot(model, config, optimizer, whole)
     bad = next((name for name, tensor in weights.items() if not tensor.isfinite().all()), None)
     if bad:
         raise WeightsNotFinite(f"step {step}: {bad} is not finite, so no checkpoint is written; earlier ones are whole")
@@ -86,7 +94,7 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
-        save_file(own | _optimizer_tensors(model, optimizer) | _random_states(), temporary / STATE_TENSORS)
+        save_file(states | _random_states(), temporary / STATE_TENSORS)
         dtype = DTYPE_NAMES[next(iter(weights.values())).dtype]
         (temporary / CONFIG).write_text(json.dumps(hugging_face_config(config, dtype, token_ids), indent=2) + "\n")
         save_tokenizer(temporary)
@@ -155,17 +163,19 @@ def verified_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def restore(path: Path, *, model: nn.Module, optimizer: Optimizer) -> None:
+def restore(path: Path, *, model: nn.Module, optimizer: Optimizer, part: Cut = _as_it_is) -> None:
     """Puts weights, the mode's tensors, optimizer and random states back, bitwise.
 
     Args:
         path: a checkpoint that `verified_state` has passed.
         model: adapted as when it was saved, on its device.
         optimizer: built over it, not yet stepped.
+        part: of a whole tensor, what the model holds of it.
     """
     tensors = read_tensors(path / STATE_TENSORS)
     own = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
-    model.load_state_dict(read_tensors(path / WEIGHTS) | own, strict=True)
+    whole = read_tensors(path / WEIGHTS) | own
+    model.load_state_dict({name: part(name, tensor) for name, tensor in whole.items()}, strict=True)
     parameters = dict(model.named_parameters())
     optimizer.state.clear()
     for name, tensor in tensors.items():
@@ -175,29 +185,43 @@ def restore(path: Path, *, model: nn.Module, optimizer: Optimizer) -> None:
             parameter = parameters[parameter_name]
             # A Python number was written as a 0-dimensional int64; no optimizer keeps such a tensor.
             is_number = tensor.dtype == torch.int64 and tensor.ndim == 0
-            optimizer.state[parameter][key] = int(tensor) if is_number else tensor.to(parameter.device, copy=True)
+            mine = part(parameter_name, tensor)
+            optimizer.state[parameter][key] = int(tensor) if is_number else mine.to(parameter.device, copy=True)
     torch.set_rng_state(tensors["random.cpu"])
     if "random.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["random.cuda"])
 
 
-def split_state(model: nn.Module, config: LlamaConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def snapshot(
+    model: nn.Module, config: LlamaConfig, optimizer: Optimizer, whole: Cut = _as_it_is
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The plain LLaMA's tensors, and those of mode and optimizer by their names in a checkpoint; on the CPU.
+
+    All tensors are asked for in an order that follows from the model: where processes hold parts, each calls this.
+    """
+    weights, own = split_state(model, config, whole)
+    return weights, own | _optimizer_tensors(model, optimizer, whole)
+
+
+def split_state(
+    model: nn.Module, config: LlamaConfig, whole: Cut = _as_it_is
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The plain LLaMA's tensors by their names, and the mode's own under `model.`; on the CPU."""
     with torch.device("meta"):
         plain = Llama(config).state_dict().keys()
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    state = {name: whole(name, tensor.detach()).cpu().contiguous() for name, tensor in model.state_dict().items()}
     own = {f"model.{name}": tensor.clone() for name, tensor in state.items() if name not in plain}
     return {name: state[name] for name in plain}, own
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+def _optimizer_tensors(model: nn.Module, optimizer: Optimizer, whole: Cut) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensor = value if isinstance(value, Tensor) else torch.tensor(value)
             # Read back it will be: products of another layout could have other bits.
             assert tensor.is_contiguous(), (name, key)
-            tensors[f"optimizer.{name}.{key}"] = tensor.detach().cpu().contiguous()
+            tensors[f"optimizer.{name}.{key}"] = whole(name, tensor.detach()).cpu().contiguous()
     return tensors
 
 

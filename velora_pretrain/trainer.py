@@ -19,14 +19,14 @@ from contextlib import closing, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from velora_pretrain import checkpoint
 from velora_pretrain.config import Run
 from velora_pretrain.data.loader import Batch, TrainLoader, evaluation_batches
 from velora_pretrain.devices import WEIGHT_DTYPES, autocast
 from velora_pretrain.display import Display
-from velora_pretrain.distributed import all_reduce, data_parallel, start_processes
+from velora_pretrain.distributed import all_reduce, is_lost_process, meet, start_processes
 from velora_pretrain.errors import UserError
 from velora_pretrain.evaluation import EVALUATION_MICRO_BATCH, EVALUATION_SEQUENCES, evaluate
 from velora_pretrain.gradients import Gradients, first_not_finite
@@ -36,6 +36,7 @@ from velora_pretrain.nn.llama import Llama
 from velora_pretrain.optim.schedule import lr_multiplier
 from velora_pretrain.records import RunFolder, TrainingRecord
 from velora_pretrain.setup import prepare
+from velora_pretrain.shards import placed
 from velora_pretrain.signals import Interrupted, StopSignals
 from velora_pretrain.summary import summarise
 
@@ -81,20 +82,27 @@ class Trainer:
         self.mode = build_mode(run)
         self.model = Llama(run.llama, seed=run.seed, recompute=run.memory.recompute)
         self.mode.adapt(self.model)
-        self.model.to(device=self.device, dtype=WEIGHT_DTYPES[run.precision])
+        self.model.to(dtype=WEIGHT_DTYPES[run.precision])
         if run.compile:
             # In place, so that names and checkpoints stay; a part that cannot be compiled is an error.
             self.model.compile(fullgraph=True)
-        self.wrapped: nn.Module = data_parallel(self.accelerator, self.model)
-        self.optimizer = self.mode.build_optimizer(self.model)
+        is_sharded = run.distributed.sharding == "full"
+        self.placement = placed(self.accelerator, self.model, is_sharded=is_sharded)
+        self.own = self.placement.own
+        self.optimizer = self.mode.build_optimizer(self.own)
         self.in_backward = run.optimizer.update == "in_backward"
         are_exchanged = self.accelerator.num_processes > 1
         self.gradients = Gradients(
-            self.model, self.optimizer, in_backward=self.in_backward, are_exchanged=are_exchanged
+            self.own,
+            self.optimizer,
+            in_backward=self.in_backward,
+            are_exchanged=are_exchanged,
+            total=self.placement.total,
         )
-        self.step_memory = StepMemory(self.model, self.optimizer, self.device)
+        self.step_memory = StepMemory(self.own, self.optimizer, self.device)
         if self.prepared.checkpoint:
-            checkpoint.restore(self.prepared.checkpoint, model=self.model, optimizer=self.optimizer)
+            path, part = self.prepared.checkpoint, self.placement.part
+            checkpoint.restore(path, model=self.own, optimizer=self.optimizer, part=part)
             display.note(f"going on from {self.prepared.checkpoint}")
         state = self.prepared.state
         self.done_steps: int = state.get("step", 0)
@@ -124,6 +132,12 @@ class Trainer:
                 f"{self.folder.path}: cannot be written ({error.strerror}); checkpoints are whole: free some space and"
                 f" go on with: {self._way_on}"
             ) from error
+        except RuntimeError as error:
+            if not is_lost_process(error):
+                raise
+            raise ConnectionError(
+                f"another process ended, or cannot be reached; {self._last_saved()}; go on with: {self._way_on}"
+            ) from error
 
     @property
     def _way_on(self) -> str:
@@ -152,8 +166,9 @@ class Trainer:
             if not self._evaluate_if_due():
                 raise self._interrupted()
             measured_step = min(self.done_steps + MEASURED_STEP, run.steps)
-            if run.compile and self.device.type == "cpu":
-                # What a compiled graph does cannot be watched operation by operation.
+            if (run.compile or run.distributed.sharding == "full") and self.device.type == "cpu":
+                # What a compiled graph does cannot be watched operation by operation, nor what is given back of a
+                # gathered parameter, whose storage stays.
                 measured_step = 0
             while self.done_steps < run.steps:
                 with self.step_memory.watch(is_due=self.done_steps + 1 == measured_step):
@@ -175,6 +190,7 @@ class Trainer:
             device=str(self.device),
             processes=self.accelerator.num_processes,
             measured_memory=self.step_memory.measured,
+            reduced_bytes_per_step=self.placement.reduced_bytes_per_step(),
         )
         if self.accelerator.is_main_process:
             self.folder.write_summary(summary)
@@ -200,12 +216,12 @@ class Trainer:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = run.lr * multiplier * group["lr_ratio"]
-        # All processes round alike, so that their weights stay the same.
-        self.optimizer.step_seed = step_seed(run.seed, step, 0)
+        # Processes that have the same weights round alike, so that they stay the same.
+        self.optimizer.step_seed = step_seed(run.seed, step, self.placement.stream)
         micro_batches = self._micro_batches(batch)
         # What a step draws (dropout) follows from seed, step and process: a resumed run draws it again.
         torch.manual_seed(step_seed(run.seed, step, self.accelerator.process_index))
-        self.mode.before_step(self.model, self.optimizer, step, lambda: self._forward_only(micro_batches))
+        self.mode.before_step(self.own, self.optimizer, step, lambda: self._forward_only(micro_batches))
         nats = self._backward(micro_batches, batch.num_target_tokens)
 
         # One message between processes: the loss, whether anyone was told to stop, whether the first one's clock is up.
@@ -216,16 +232,15 @@ class Trainer:
         loss = nats / max(1, batch.num_target_tokens)
         grad_norm = self.gradients.clip(run.optimizer.clip_norm)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            last = self.folder.checkpoints_newest_first()
-            kept = f"the last good checkpoint is {last[0]}" if last else "no checkpoint was written yet"
+            kept = self._last_saved()
             self._record_failure(step, f"the loss is {loss}, the gradient norm {grad_norm}")
             raise UserError(
-                f"step {step}: the loss is {loss}; first tensor that is not finite: {first_not_finite(self.model)}. The"
+                f"step {step}: the loss is {loss}; first tensor that is not finite: {first_not_finite(self.own)}. The"
                 f" step was {'cut short' if self.in_backward else 'not taken'}; {kept}. Lower the learning rate, or set"
                 " optimizer.clip_norm, in a new run"
             )
         self.gradients.step()
-        shares = self.mode.after_step(self.model, self.optimizer, step)
+        shares = self.mode.after_step(self.own, self.optimizer, step)
         for name, share in shares.items():
             self.display.note(f"step {step}: {name.replace('_', ' ')} {share:.4f}")
 
@@ -250,9 +265,12 @@ class Trainer:
     def _next_batch(self, loader: TrainLoader) -> Batch:
         """The next batch; where reading fails for good, what was trained is saved first."""
         try:
-            return next(loader)
+            batch = next(loader)
         except (UserError, ConnectionError) as error:
             raise self._saved_from(error) from error
+        # Not within the passes: they are not meant to wait for long.
+        meet(self.accelerator)
+        return batch
 
     def _saved_from(self, error: Exception) -> UserError:
         """The same failure, told after a checkpoint was written."""
@@ -278,15 +296,15 @@ class Trainer:
 
     def _backward(self, micro_batches: list[tuple[Tensor, Tensor]], num_targets: int) -> float:
         """Accumulates the gradient of the global batch's mean loss; gives this process's nats."""
-        # DistributedDataParallel averages gradients over processes; the loss is a sum over them.
+        # Gradients are averaged over processes; the loss is a sum over them.
         factor = self.accelerator.num_processes / max(1, num_targets)
         nats = torch.zeros((), dtype=torch.float32, device=self.device)
         for place, (inputs, labels) in enumerate(micro_batches, start=1):
             # A sum that is kept in a form of its own is over what all processes have sent.
             is_sent = place == len(micro_batches) or self.optimizer.accumulates
-            with nullcontext() if is_sent else self.accelerator.no_sync(self.wrapped):
+            with nullcontext() if is_sent else self.placement.accumulating():
                 with autocast(self.run.precision, self.device.type):
-                    loss = self.wrapped(inputs, labels)
+                    loss = self.placement.module(inputs, labels)
                 nats += loss.detach()
                 if self.in_backward and not loss.isfinite():
                     # Parameters that moved by it could not be saved any more.
@@ -297,6 +315,7 @@ class Trainer:
             if self.signals.is_set and not self.is_stop_told:
                 self.display.note("finishing this step, then writing a checkpoint; once more to stop at once")
                 self.is_stop_told = True
+        self.placement.complete_gradients()
         return nats.item()
 
     @property
@@ -344,6 +363,7 @@ class Trainer:
             device=self.device,
             micro_batch=EVALUATION_MICRO_BATCH,
             all_reduce=lambda tensor: all_reduce(self.accelerator, tensor),
+            passes=self.placement.passes,
             progress=self._evaluation_progress,
         )
         if not math.isfinite(score.nats):
@@ -354,6 +374,10 @@ class Trainer:
             self.folder.append(record)
         self.evaluated_steps.add(record.step)
         self.display.evaluation(record)
+
+    def _last_saved(self) -> str:
+        last = self.folder.checkpoints_newest_first()
+        return f"the last good checkpoint is {last[0]}" if last else "no checkpoint was written yet"
 
     def _record_failure(self, step: int, reason: str) -> None:
         if self.accelerator.is_main_process:
@@ -369,9 +393,10 @@ class Trainer:
                 checkpoint.save(
                     self.folder,
                     step=self.done_steps,
-                    model=self.model,
+                    model=self.own,
                     config=self.run.llama,
                     optimizer=self.optimizer,
+                    whole=self.placement.whole,
                     progress={"tokens": self.tokens, "cursor": self.cursor, "seconds": self.seconds},
                     token_ids={"pad_token_id": tokenizer.pad_id, "eos_token_id": tokenizer.eos_id},
                     save_tokenizer=tokenizer.save_pretrained,
@@ -380,7 +405,9 @@ class Trainer:
             except checkpoint.WeightsNotFinite as error:
                 self._record_failure(self.done_steps, str(error))
                 raise
-        self.accelerator.wait_for_everyone()
+        elif self.run.distributed.sharding == "full":
+            checkpoint.snapshot(self.own, self.run.llama, self.optimizer, self.placement.whole)
+        meet(self.accelerator)
         self.saved, self.saved_steps = time.monotonic(), self.done_steps
         return str(path)
 
