@@ -45,3 +45,9 @@ class StopSignals:
         self.is_set = True
         # From here on the signals do what they did before, so that a second one ends the program.
         self._restore()
+
+
+def ignore_termination() -> None:
+    """For a program that is about to end: a SIGTERM no longer ends it at once."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -37,7 +37,7 @@ from velora_pretrain.optim.schedule import lr_multiplier
 from velora_pretrain.records import RunFolder, TrainingRecord
 from velora_pretrain.setup import prepare
 from velora_pretrain.shards import placed
-from velora_pretrain.signals import Interrupted, StopSignals
+from velora_pretrain.signals import Interrupted, StopSignals, ignore_termination
 from velora_pretrain.summary import summarise
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -135,6 +135,8 @@ class Trainer:
         except RuntimeError as error:
             if not is_lost_process(error):
                 raise
+            # The launcher's, which comes for the same reason and would cut the message short.
+            ignore_termination()
             raise ConnectionError(
                 f"another process ended, or cannot be reached; {self._last_saved()}; go on with: {self._way_on}"
             ) from error
@@ -161,7 +163,7 @@ class Trainer:
             prefetch_batches=run.reading.prefetch_batches,
             cursor=self.cursor,
         )
-        with closing(loader), self.signals:
+        with self.signals, closing(loader):
             # A run that was stopped during an evaluation does it first.
             if not self._evaluate_if_due():
                 raise self._interrupted()
