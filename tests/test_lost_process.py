@@ -119,17 +119,7 @@ def on_both(hosts: list[tuple[str, str, str]], command: list[str]) -> list[subpr
     where += ["--rdzv-endpoint", f"{hosts[0][2]}:29400"]
     return [
         launched(
-            [
-                "ip",
-                "netns",
-                "exec",
-                name,
-                *LAUNCH,
-                *where,
-                f"--local-addr={address}",
-                f"--rdzv-conf=is_host={1 - place}",
-            ]
-            + command,
+            ["ip", "netns", "exec", name, *LAUNCH, *where, f"--local-addr={address}", *command],
             GLOO_SOCKET_IFNAME=interface,
         )
         for place, (name, interface, address) in enumerate(hosts)
