@@ -56,10 +56,8 @@ def test_recipes_for_several_devices_are_those_for_one(name: str):
     head = (FOLDER / f"{name}.toml").read_text().partition("\nsize =")[0].replace("\\\n#", "")
     (launch,) = (line.strip("# ") for line in head.splitlines() if "torchrun" in line)
     words = shlex.split(launch)
-    counts = {
-        option: int(words[words.index(option) + 1]) for option in ("--nnodes", "--nproc-per-node") if option in words
-    }
-    assert math.prod(counts.values()) == devices
+    sizes = [int(words[place + 1]) for place, word in enumerate(words) if word in ("--nnodes", "--nproc-per-node")]
+    assert math.prod(sizes) == devices
     assert words[words.index("--recipe") + 1] == name
 
 
