@@ -67,7 +67,7 @@ def test_a_killed_process_ends_the_run_which_goes_on_from_its_checkpoint(
     workers(launcher)[1].send_signal(signal.SIGKILL)
     _, errors = launcher.communicate(timeout=2 * END_SECONDS)
     seconds = time.monotonic() - began
-    print(f"torchrun returned after {seconds:.1f} seconds")
+    print(f"torchrun returned after {seconds:.1f} seconds")  # shown by -s
     assert launcher.returncode != 0
     assert seconds < END_SECONDS
     message = next(line for line in errors.splitlines() if line.startswith("error: "))

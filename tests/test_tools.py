@@ -207,3 +207,13 @@ def test_bench_growth_holds_time_and_bytes_against_theory(
     assert slopes["matmul_operations"] == pytest.approx(1.0)
     assert 0 < slopes["theory_bytes"] < 1
     assert {path.name for path in (tmp_path / "plots").iterdir()} == {"growth.png", "growth.svg"}
+
+
+@pytest.mark.slow
+def test_bytes_reduced_are_what_the_runs_have_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*SETTINGS, "--set=model.vocab_size=32000", "--size=", "--steps=1", "--sequence-length=16"]
+    content = figures("bytes_reduced", tmp_path / "bytes.json", *arguments, "--modes=full,velora[layers=all]")
+    full, compressed = (row["reduced_bytes_per_step"] for row in content["rows"])
+    assert full["projections"] == 16 * compressed["projections"] > 0
+    assert full["other"] == compressed["other"] > 0
+    assert "16.0" in capsys.readouterr().out
