@@ -1,5 +1,7 @@
 """The recipes that come with the tool: each loads, and each holds to the published protocol."""
 
+import math
+import shlex
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ from velora_pretrain.config import MODES, ModesTable
 from velora_pretrain.dimensions import PUBLISHED_STEPS
 from velora_pretrain.perplexity import check_comparable
 from velora_pretrain.recipe import differences, read_recipe, resolve
+from velora_pretrain.setup import check_sharding
 from velora_pretrain.variants import plan_cells
 
 FOLDER = Path(__file__).parent.parent / "recipes"
@@ -17,11 +20,14 @@ STEPS = PUBLISHED_STEPS | {"7b": 150_000}
 
 ABLATIONS = {"velora_initialisation": 4, "velora_width": 4, "velora_placement": 12}
 """Variants of each."""
+SEVERAL = {"llama_1b_8gpu": ("llama_1b", 8, set()), "llama_7b_2x8gpu": ("llama_7b", 16, {"distributed.sharding"})}
+"""For several devices: the recipe that each is but for its launch, the number of devices, and keys that differ."""
 COMPARISONS = {"small_comparison": 7, "small_velora": 15, **ABLATIONS}
 
 
 def test_there_is_one_recipe_per_published_size_the_quickstart_and_comparisons():
-    assert {path.stem for path in RECIPES} == {"quickstart", *COMPARISONS, *(f"llama_{size}" for size in STEPS)}
+    sizes = {f"llama_{size}" for size in STEPS}
+    assert {path.stem for path in RECIPES} == {"quickstart", *COMPARISONS, *SEVERAL, *sizes}
 
 
 @pytest.mark.parametrize(("name", "variants"), COMPARISONS.items())
@@ -37,6 +43,22 @@ def test_ablations_hold_to_the_published_protocol(name: str):
     ablation, published = resolve(name, {}, []), resolve("llama_60m", {"mode": "velora"}, [])
     others = ("compare.", "modes.galore.", "modes.lora.", "modes.flora.", "modes.velora.lr")
     assert [key for key in differences(ablation, published) if not key.startswith(others)] == []
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_recipes_for_several_devices_are_those_for_one(name: str):
+    base, devices, keys = SEVERAL[name]
+    several = resolve(name, {}, [])
+    assert differences(several, resolve(base, {"mode": several.mode}, [])).keys() == keys
+    assert several.batch.sequences % devices == 0
+    if several.distributed.sharding == "full":
+        check_sharding(several, devices)
+    head = (FOLDER / f"{name}.toml").read_text().partition("\nsize =")[0].replace("\\\n#", "")
+    (launch,) = (line.strip("# ") for line in head.splitlines() if "torchrun" in line)
+    words = shlex.split(launch)
+    sizes = [int(words[place + 1]) for place, word in enumerate(words) if word in ("--nnodes", "--nproc-per-node")]
+    assert math.prod(sizes) == devices
+    assert words[words.index("--recipe") + 1] == name
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -14,6 +14,7 @@ from velora_pretrain.data.tokenizer import load_tokenizer
 from velora_pretrain.errors import UserError
 from velora_pretrain.modes import build_mode
 from velora_pretrain.nn.llama import Llama
+from velora_pretrain.placement import Placement
 from velora_pretrain.records import RunFolder
 from velora_pretrain.saving import CheckpointWriter
 
@@ -28,9 +29,8 @@ class Writing:
         mode.adapt(self.model)
         optimizer = mode.build_optimizer(self.model)
         tokenizer = load_tokenizer(run.tokenizer)
-        self.writer = CheckpointWriter(
-            run, self.folder, model=self.model, optimizer=optimizer, tokenizer=tokenizer, steps=0
-        )
+        placement = Placement(self.model)
+        self.writer = CheckpointWriter(run, self.folder, placement, optimizer=optimizer, tokenizer=tokenizer, steps=0)
         self.may_go_on, save_file = threading.Event(), checkpoint.save_file
 
         def waiting(*args: Any, **kwargs: Any) -> None:

@@ -285,3 +285,13 @@ def test_soak_watches_a_run_from_outside(tmp_path: Path) -> None:
     assert [row["last_step"] for row in figures["tenths"]] == list(range(20, 201, 20))
     assert figures["checkpoints_left"][-1] == "step-00000200"
     assert all(row["resident_mib"] > 50 and row["files"] > 2 and row["threads"] > 1 for row in figures["tenths"])
+
+
+@pytest.mark.slow
+def test_bytes_reduced_are_what_the_runs_have_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*SETTINGS, "--set=model.vocab_size=32000", "--size=", "--steps=1", "--sequence-length=16"]
+    content = figures("bytes_reduced", tmp_path / "bytes.json", *arguments, "--modes=full,velora[layers=all]")
+    full, compressed = (row["reduced_bytes_per_step"] for row in content["rows"])
+    assert full["projections"] == 16 * compressed["projections"] > 0
+    assert full["other"] == compressed["other"] > 0
+    assert "16.0" in capsys.readouterr().out

@@ -71,6 +71,15 @@ class Snapshot:
     """What else to resume from, for JSON: tokens, cursor."""
 
 
+Cut = Callable[[str, Tensor], Tensor]
+"""Of a tensor that is or belongs to a named parameter or buffer: from a part to the whole, or back."""
+
+
+def uncut(name: str, tensor: Tensor) -> Tensor:
+    """Where a process holds the whole of every tensor."""
+    return tensor
+
+
 Keep = Callable[[str, Tensor], Tensor]
 """Where a tensor of a snapshot is kept: takes its name in the checkpoint's files, gives it on the CPU, contiguous."""
 
@@ -89,8 +98,11 @@ def take_snapshot(
     progress: dict[str, Any],
     token_ids: dict[str, int],
     keep: Keep = as_it_is,
+    whole: Cut = uncut,
 ) -> Snapshot:
     """What a checkpoint of this moment holds.
+
+    All tensors are asked for in an order that follows from the model: where processes hold parts, each calls this.
 
     Args:
         step: optimizer steps done.
@@ -100,9 +112,10 @@ def take_snapshot(
         progress: what else to resume from, for JSON: tokens, cursor.
         token_ids: `pad_token_id`, `eos_token_id` and so on, for config.json.
         keep: where its tensors are kept.
+        whole: where the model holds parts of its tensors, gives the whole of one.
     """
-    weights, own = split_state(model, config, keep)
-    state = own | _optimizer_tensors(model, optimizer, keep) | _random_states()
+    weights, own = split_state(model, config, keep, whole)
+    state = own | _optimizer_tensors(model, optimizer, keep, whole) | _random_states()
     dtype = DTYPE_NAMES[next(iter(weights.values())).dtype]
     described = hugging_face_config(config, dtype, token_ids)
     return Snapshot(step=step, weights=weights, state=state, config=described, progress=progress)
@@ -182,18 +195,22 @@ def _remove_leftovers(folder: RunFolder) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def restore(path: Path, *, model: nn.Module, optimizer: Optimizer) -> None:
+def restore(path: Path, *, model: nn.Module, optimizer: Optimizer, part: Cut = uncut) -> None:
     """Puts weights, the mode's tensors, optimizer and random states back, bitwise.
 
     Args:
         path: a checkpoint that `verified_state` has passed.
         model: adapted as when it was saved, on its device.
         optimizer: built over it.
+        part: of a whole tensor, what the model holds.
 
     Raises:
         UserError: a file holds something else than what this model and optimizer keep.
     """
     parameters, expected = dict(model.named_parameters()), model.state_dict()
+
+    def part_fault(name: str, shape: Shape) -> str | None:
+        return shape_fault(expected, name, tuple(part(name, torch.empty(shape, device="meta")).shape))
 
     def fault(name: str, shape: Shape) -> str | None:
         kind, _, rest = name.partition(".")
@@ -201,16 +218,18 @@ def restore(path: Path, *, model: nn.Module, optimizer: Optimizer) -> None:
             is_small = math.prod(shape) <= MAX_RANDOM_STATE_ELEMENTS
             return None if rest in ("cpu", "cuda") and is_small else "is no random state"
         if kind == "optimizer":
-            return _optimizer_fault(parameters.get(rest.rpartition(".")[0]), shape)
-        return shape_fault(expected, rest, shape)
+            owner = rest.rpartition(".")[0]
+            mine = part(owner, torch.empty(shape, device="meta")) if shape else torch.empty((), device="meta")
+            return _optimizer_fault(parameters.get(owner), tuple(mine.shape))
+        return part_fault(rest, shape)
 
     tensors = _read_checked(path / STATE_TENSORS, fault)
-    weights = _read_checked(path / WEIGHTS, lambda name, shape: shape_fault(expected, name, shape))
+    weights = _read_checked(path / WEIGHTS, part_fault)
     own = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
     missing = expected.keys() - own.keys() - weights.keys()
     if missing or "random.cpu" not in tensors:
         raise UserError(f"{path}: holds no {min(missing, default='random.cpu')}")
-    model.load_state_dict(weights | own, strict=True)
+    model.load_state_dict({name: part(name, tensor) for name, tensor in (weights | own).items()}, strict=True)
     optimizer.state.clear()
     for name, tensor in tensors.items():
         kind, _, rest = name.partition(".")
@@ -219,7 +238,8 @@ def restore(path: Path, *, model: nn.Module, optimizer: Optimizer) -> None:
             parameter = parameters[parameter_name]
             # A Python number was written as a 0-dimensional int64; no optimizer keeps such a tensor.
             is_number = tensor.dtype == torch.int64 and tensor.ndim == 0
-            optimizer.state[parameter][key] = int(tensor) if is_number else tensor.to(parameter.device, copy=True)
+            mine = part(parameter_name, tensor)
+            optimizer.state[parameter][key] = int(tensor) if is_number else mine.to(parameter.device, copy=True)
     torch.set_rng_state(tensors["random.cpu"])
     if "random.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["random.cuda"])
@@ -252,18 +272,24 @@ def _optimizer_fault(parameter: Tensor | None, shape: Shape) -> str | None:
 
 
 def split_state(
-    model: nn.Module, config: LlamaConfig, keep: Keep = as_it_is
+    model: nn.Module, config: LlamaConfig, keep: Keep = as_it_is, whole: Cut = uncut
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The plain LLaMA's tensors by their names, and the mode's own under `model.`; on the CPU."""
     with torch.device("meta"):
         plain = Llama(config).state_dict().keys()
-    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    # Layers share tensors of the mode's own, which safetensors would refuse.
-    own = {f"model.{name}": tensor.clone() for name, tensor in state.items() if name not in plain}
-    return {name: keep(name, state[name]) for name in plain}, {name: keep(name, own[name]) for name in own}
+    weights: dict[str, Tensor] = {}
+    own: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        here = whole(name, tensor.detach())
+        if name in plain:
+            weights[name] = keep(name, here)
+        else:
+            # Layers share tensors of the mode's own, which safetensors would refuse.
+            own[f"model.{name}"] = keep(f"model.{name}", here.clone())
+    return {name: weights[name] for name in plain}, own
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: Optimizer, keep: Keep) -> dict[str, Tensor]:
+def _optimizer_tensors(model: nn.Module, optimizer: Optimizer, keep: Keep, whole: Cut) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -271,7 +297,7 @@ def _optimizer_tensors(model: nn.Module, optimizer: Optimizer, keep: Keep) -> di
             # Read back it will be: products of another layout could have other bits.
             assert tensor.is_contiguous(), (name, key)
             file_name = f"optimizer.{name}.{key}"
-            tensors[file_name] = keep(file_name, tensor)
+            tensors[file_name] = keep(file_name, whole(name, tensor))
     return tensors
 
 

@@ -27,6 +27,7 @@ from velora_pretrain.sections import (
     AsList,
     BatchTable,
     CheckpointTable,
+    DistributedTable,
     EvaluationTable,
     MemoryTable,
     ModelTable,
@@ -318,6 +319,8 @@ class Run(Section):
     """Checkpoints."""
     reading: ReadingTable = ReadingTable()
     """Reading of documents."""
+    distributed: DistributedTable = DistributedTable()
+    """Several processes."""
     modes: ModesTable = ModesTable()
     """Settings of each mode."""
     compare: CompareTable = CompareTable()

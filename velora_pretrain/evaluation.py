@@ -93,6 +93,7 @@ def evaluate(
     device: torch.device,
     micro_batch: int,
     all_reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    passes: Callable[[int], int] = lambda count: count,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> Score:
     """Scores `batches`, each of at most `EVALUATION_SEQUENCES` rows over all ranks.
@@ -104,6 +105,7 @@ def evaluate(
         device: where the model is.
         micro_batch: sequences per forward pass.
         all_reduce: sums a tensor over ranks.
+        passes: how many forward passes to take part in where this rank's rows of a batch need so many.
         progress: told the targets scored so far.
     """
     was_training = model.training
@@ -113,14 +115,22 @@ def evaluate(
         # Nats and targets by published rank, summed over the ranks of this run.
         sums = torch.zeros(2, PAPER_RANKS, dtype=torch.float64)
         paper_rank = (batch.first_row + torch.arange(len(batch.inputs))) // PAPER_BATCH_SEQUENCES
-        for rank in paper_rank.unique().tolist():
-            rows = paper_rank == rank
+        cuts = [
+            (rank, inputs, labels)
+            for rank in paper_rank.unique().tolist()
             for inputs, labels in zip(
-                batch.inputs[rows].split(micro_batch), batch.labels[rows].split(micro_batch), strict=True
-            ):
-                with autocast(precision, device.type):
-                    sums[0, rank] += model(inputs.to(device), labels.to(device)).item()
-                sums[1, rank] += int((labels != IGNORE_INDEX).sum())
+                batch.inputs[paper_rank == rank].split(micro_batch),
+                batch.labels[paper_rank == rank].split(micro_batch),
+                strict=True,
+            )
+        ]
+        # A pass without a target, for the sake of the others.
+        idle = (0, batch.inputs.new_zeros(1, 1), batch.labels.new_full((1, 1), IGNORE_INDEX))
+        cuts += [idle] * (passes(len(cuts)) - len(cuts))
+        for rank, inputs, labels in cuts:
+            with autocast(precision, device.type):
+                sums[0, rank] += model(inputs.to(device), labels.to(device)).item()
+            sums[1, rank] += int((labels != IGNORE_INDEX).sum())
         nats, targets = all_reduce(sums)
         score.add(nats, targets, batch.target_bytes)
         progress(score.targets)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
@@ -51,6 +51,7 @@ class Gradients:
         in_backward: whether parameters move in the backward pass.
         are_exchanged: whether processes exchange gradients within the backward pass, so that they are complete only
             after it; then nothing may move in it.
+        total: where the model holds parts of its parameters, sums what comes of them over those who hold the others.
     """
 
     def __init__(
@@ -60,9 +61,10 @@ class Gradients:
         *,
         in_backward: bool = False,
         are_exchanged: bool = False,
+        total: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         assert not (in_backward and are_exchanged)
-        self._optimizer, self._in_backward = optimizer, in_backward
+        self._optimizer, self._in_backward, self._total = optimizer, in_backward, total
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._norms: dict[Tensor, Tensor] = {}
         self._is_last = self._is_only = True
@@ -107,6 +109,8 @@ class Gradients:
         else:
             norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
         norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+        if self._total:
+            norm = self._total(norm.square()).sqrt()
         value = norm.item()
         # A norm that is not finite would spread to every gradient and hide where it came from.
         if max_norm and math.isfinite(value):

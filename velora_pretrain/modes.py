@@ -36,6 +36,9 @@ class Method:
     period_key: ClassVar[str | None] = None
     """Its setting that says after how many steps some work is done once, if there is such work; 0 is never."""
 
+    moves_rows_alone: ClassVar[bool] = True
+    """Whether each row of a weight moves by its own gradient and state, so that processes can have some rows each."""
+
     def __init__(self, run: Run) -> None:
         self.run = run
 
@@ -88,6 +91,7 @@ class GaLore(Method):
     """AdamW in a low-rank subspace of the gradient of every projection."""
 
     period_key = "update_gap"
+    moves_rows_alone = False
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)
@@ -117,6 +121,7 @@ class LoRA(Method):
     """Adapters beside frozen projections, merged and started anew every so many steps if that is asked for."""
 
     period_key = "restart_every"
+    moves_rows_alone = False
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)
@@ -160,6 +165,7 @@ class FLoRA(Method):
     """Momentum in a random subspace, drawn anew now and then."""
 
     period_key = "kappa"
+    moves_rows_alone = False
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)
@@ -355,6 +361,11 @@ class Mode:
     def memory_notes(self) -> list[str]:
         """See `Method`."""
         return [note for method in self.methods for note in method.memory_notes()]
+
+    @property
+    def moves_rows_alone(self) -> bool:
+        """See `Method`."""
+        return all(method.moves_rows_alone for method in self.methods)
 
     def published_memory_gb(self) -> float | None:
         """GPU memory in GB that was published for this size and mode, at the settings of the published runs."""

@@ -66,7 +66,14 @@ def free_memory_bytes(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def choose_micro_batch(run: Run, *, local_sequences: int, device_type: str, budget_bytes: int) -> int:
+def choose_micro_batch(
+    run: Run,
+    *,
+    local_sequences: int,
+    device_type: str,
+    budget_bytes: int,
+    predict: Callable[..., StepPrediction] = predict,
+) -> int:
     """Sequences per forward pass on one device: as given, else the largest sensible number whose step fits.
 
     Args:
@@ -74,6 +81,7 @@ def choose_micro_batch(run: Run, *, local_sequences: int, device_type: str, budg
         local_sequences: sequences per optimizer step on one device; the result divides it.
         device_type: cpu, cuda or mps.
         budget_bytes: memory that a step may take. Where nothing fits, the answer is 1.
+        predict: takes the arguments of `predict`.
     """
     given = run.batch.micro_batch
     if given != "auto":
@@ -84,6 +92,7 @@ def choose_micro_batch(run: Run, *, local_sequences: int, device_type: str, budg
         budget_bytes=budget_bytes,
         local_sequences=local_sequences,
         most=_largest_divisor(local_sequences, most),
+        predict=predict,
     )
     return _largest_divisor(local_sequences, largest) if largest else 1
 

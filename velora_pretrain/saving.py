@@ -12,12 +12,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from velora_pretrain.checkpoint import Keep, Snapshot, as_it_is, take_snapshot, write
 from velora_pretrain.config import Run
 from velora_pretrain.data.tokenizer import Tokenizer
+from velora_pretrain.placement import Placement
 from velora_pretrain.prediction import free_memory_bytes
 from velora_pretrain.records import RunFolder
 
@@ -51,18 +52,25 @@ class CheckpointWriter:
     Args:
         run: its configuration.
         folder: where it is kept.
-        model: the adapted model, unwrapped.
+        placement: of the adapted model.
         optimizer: over its parameters.
         tokenizer: goes into every checkpoint.
         steps: of the newest checkpoint that is there.
     """
 
     def __init__(
-        self, run: Run, folder: RunFolder, *, model: nn.Module, optimizer: Optimizer, tokenizer: Tokenizer, steps: int
+        self,
+        run: Run,
+        folder: RunFolder,
+        placement: Placement,
+        *,
+        optimizer: Optimizer,
+        tokenizer: Tokenizer,
+        steps: int,
     ) -> None:
-        self._run, self._folder, self._tokenizer = run, folder, tokenizer
-        self._model, self._optimizer = model, optimizer
-        self._device = next(model.parameters()).device
+        self._run, self._folder, self._placement = run, folder, placement
+        self._optimizer, self._tokenizer = optimizer, tokenizer
+        self._device = next(placement.own.parameters()).device
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._room: CopyRoom | None = None
@@ -78,16 +86,22 @@ class CheckpointWriter:
     def prepare(self) -> None:
         """Makes room for the copies beside the training, so that the first checkpoint need not; once states are there.
 
-        Where memory is short nothing is made, and checkpoints are written at once.
+        Where memory is short there is none, and checkpoints are written at once.
         """
-        snapshot = self._snapshot(0, {}, keep=lambda name, tensor: tensor.detach())
-        size_bytes = sum(tensor.nbytes for each in (snapshot.weights, snapshot.state) for tensor in each.values())
-        if self._run.checkpoint.background and size_bytes <= COPY_SHARE * free_memory_bytes(torch.device("cpu")):
-            self._room = CopyRoom()
+        if not self._placement.is_first or self._room is not None or not self._has_memory():
+            return
+        self._room = CopyRoom()
+        if not self._placement.is_sharded:
+            snapshot = self._snapshot(0, {}, keep=lambda name, tensor: tensor)
             self._pending = self._thread.submit(self._room.make, snapshot, is_pinned=self._device.type == "cuda")
 
+    def _has_memory(self) -> bool:
+        # Weights and two moments, all in 32 bits: what most modes keep, and some of them less.
+        size_bytes = 3 * 4 * self._run.llama.num_parameters
+        return self._run.checkpoint.background and size_bytes <= COPY_SHARE * free_memory_bytes(torch.device("cpu"))
+
     def save(self, step: int, progress: dict[str, Any], *, beside_training: bool) -> None:
-        """Writes the checkpoint of `step`, after the one before is written.
+        """Writes the checkpoint of `step`, after the one before is written; the first process does.
 
         Args:
             step: optimizer steps done.
@@ -99,10 +113,13 @@ class CheckpointWriter:
             UserError: the disk is full or not writable; earlier checkpoints are untouched.
         """
         self.wait()
-        if beside_training and self._room is None:
+        if beside_training:
             self.prepare()
             self.wait()
-        if beside_training and self._room is not None:
+        if not self._placement.is_first:
+            if self._placement.is_sharded:
+                self._snapshot(step, progress, keep=lambda name, tensor: tensor.new_empty(0))
+        elif beside_training and self._room is not None:
             snapshot = self._snapshot(step, progress, keep=self._room.keep)
             self._pending = self._thread.submit(self._write, snapshot, when=self._copied())
         else:
@@ -127,12 +144,13 @@ class CheckpointWriter:
     def _snapshot(self, step: int, progress: dict[str, Any], keep: Keep) -> Snapshot:
         return take_snapshot(
             step=step,
-            model=self._model,
+            model=self._placement.own,
             config=self._run.llama,
             optimizer=self._optimizer,
             progress=progress,
             token_ids={"pad_token_id": self._tokenizer.pad_id, "eos_token_id": self._tokenizer.eos_id},
             keep=keep,
+            whole=self._placement.whole,
         )
 
     def _copied(self) -> Callable[[], None]:

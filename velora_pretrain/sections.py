@@ -160,3 +160,11 @@ class ReadingTable(Section):
     """Of data without validation files, every so many-th document is kept from training, for validation."""
     prefetch_batches: PositiveInt = 4
     """Batches read and tokenised ahead of the training step."""
+
+
+class DistributedTable(Section):
+    """`[distributed]`: how several processes share a run; how many there are is the launcher's to say."""
+
+    sharding: Literal["none", "full"] = "none"
+    """none: each process has the whole model and its states; full: some rows of every weight and state, gathered block
+    by block for each pass (FSDP, arXiv 2304.11277), for modes that move each row by itself."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 
 from velora_pretrain.checkpoint_files import newest_whole, set_aside_newer
 from velora_pretrain.config import Run
@@ -16,15 +16,18 @@ from velora_pretrain.data.c4 import Source, resolve
 from velora_pretrain.data.loader import evaluation_batches
 from velora_pretrain.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from velora_pretrain.display import Display
+from velora_pretrain.distributed import largest, meet, of_first_process
 from velora_pretrain.errors import UserError
 from velora_pretrain.evaluation import has_separate_validation, validation_source
+from velora_pretrain.modes import build_mode
 from velora_pretrain.prediction import USABLE_SHARE, choose_micro_batch, free_memory_bytes
 from velora_pretrain.recipe import differences
 from velora_pretrain.records import RunFolder
 from velora_pretrain.run_lock import RunLock
+from velora_pretrain.sharding import predict_per_device
 
-MAY_CHANGE = ("device", "checkpoint.", "compare.", "reading.max_bad_lines", "reading.prefetch_batches")
-"""Keys, or beginnings of keys, that a resumed run may change: they leave the numbers as they are."""
+MAY_CHANGE = ("device", "checkpoint.", "compare.", "distributed.", "reading.max_bad_lines", "reading.prefetch_batches")
+"""Keys, or beginnings of keys, that a resumed run may change: they leave the numbers as they are, to rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +68,8 @@ def prepare(
             "optimizer.update: in_backward moves weights before the processes have exchanged their gradients, so it"
             " works in one process only; set optimizer.update = step"
         )
+    if run.distributed.sharding == "full":
+        check_sharding(run, accelerator.num_processes)
     source = _training_source(run, accelerator)
     if source.fallback_reason:
         display.warn(
@@ -83,7 +88,7 @@ def prepare(
     if resume and path is None:
         display.note(f"{folder.path}: no whole checkpoint yet, starting from the beginning")
     # Every process has looked at the folder before the first one changes it.
-    accelerator.wait_for_everyone()
+    meet(accelerator)
     if accelerator.is_main_process:
         lock.take()
         # Again, now that nobody else can begin one.
@@ -98,15 +103,34 @@ def prepare(
     return Prepared(run=run, tokenizer=tokenizer, source=source, validation=validation, checkpoint=path, state=state)
 
 
+def check_sharding(run: Run, num_processes: int) -> None:
+    """Says what does not go with full sharding.
+
+    Raises:
+        UserError: something that does not was asked for.
+    """
+    reasons = {
+        "it is for several processes, and this is one; launch with torchrun": num_processes == 1,
+        f"mode {run.mode} needs whole gradients or weights, of which each process would have some rows": (
+            not build_mode(run).moves_rows_alone
+        ),
+        "optimizer.state_bits = 8 packs moments across rows; set 32": run.optimizer.state_bits == 8,
+        "parameters that are gathered for each pass are not compiled; leave out compile": run.compile,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise UserError(f"distributed.sharding: {reason}, or set distributed.sharding = none")
+
+
 def _training_source(run: Run, accelerator: Accelerator) -> Source:
     """The documents to train on; what `auto` means is decided by one process for all."""
     every, separate = run.reading.holdout_every_documents, has_separate_validation(run)
     if accelerator.is_main_process:
         source = resolve(run.data, split="train", holdout_every_documents=every, separate=separate)
         if run.data == "auto":
-            broadcast_object_list([source.name])
+            of_first_process(accelerator, source.name)
         return source
-    name = broadcast_object_list([run.data])[0] if run.data == "auto" else run.data
+    name = of_first_process(accelerator, None) if run.data == "auto" else run.data
     return resolve(name, split="train", holdout_every_documents=every, separate=separate)
 
 
@@ -178,6 +202,7 @@ def _with_micro_batch(run: Run, accelerator: Accelerator) -> Run:
         local_sequences=run.batch.sequences // processes,
         device_type=accelerator.device.type,
         budget_bytes=budget,
+        predict=partial(predict_per_device, devices=processes),
     )
-    smallest = min(accelerator.gather_for_metrics([mine], use_gather_object=True)) if processes > 1 else mine
+    smallest = -largest(accelerator, -mine)
     return run.model_copy(update={"batch": run.batch.model_copy(update={"micro_batch": smallest})})

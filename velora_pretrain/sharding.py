@@ -2,10 +2,12 @@
 
     data-parallel   what `train` does under torchrun: every device has everything, and DistributedDataParallel keeps a
                     copy of all gradients in its buckets from the first backward pass on.
-    sharded         what full sharding (ZeRO's third stage, FSDP; arXiv 1910.02054) would need: weights, gradients and
-                    optimizer states are split evenly over the devices; one block, or embedding or head, at a time is
-                    gathered with its weights and its gradient whole. No second one is fetched ahead, and padding to a
-                    multiple of the devices is left out. `train` does not do this.
+    sharded         full sharding (ZeRO's third stage, FSDP; arXiv 1910.02054), which `train` does with
+                    `distributed.sharding = "full"`: weights, gradients and optimizer states are split evenly over the
+                    devices; one block, or embedding or head, at a time is gathered with its weights and its gradient
+                    whole. That a second block is fetched ahead, that embedding and head stay gathered between forward
+                    and backward pass, that compressed gradients are split only after the last one, and padding to a
+                    multiple of the devices are left out.
 
 In both, activations, loss, buffers and temporaries are those of the device's own micro-batch. What NCCL itself takes is
 left out.
@@ -16,7 +18,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
+from velora_pretrain.config import Run
 from velora_pretrain.memory import MemoryUse
+from velora_pretrain.prediction import predict
 from velora_pretrain.step_memory import StepPrediction
 
 Sharding = Literal["none", "data-parallel", "sharded"]
@@ -50,3 +54,17 @@ def per_device(prediction: StepPrediction, *, devices: int, sharding: Sharding) 
         peak_bytes=weights + gradients + states + temporaries + rest,
         largest_at_peak=(),
     )
+
+
+def predict_per_device(run: Run, micro_batch: int, *, accumulates: bool, devices: int) -> StepPrediction:
+    """What `prediction.predict` finds, with the memory of each of a run's devices; see the module's docstring.
+
+    Args:
+        run: the run, which says how its devices share it.
+        micro_batch: sequences per forward pass.
+        accumulates: whether a step has more than one micro-batch.
+        devices: how many share in it.
+    """
+    prediction = predict(run, micro_batch, accumulates=accumulates)
+    sharding: Sharding = "sharded" if run.distributed.sharding == "full" else "data-parallel"
+    return replace(prediction, memory=per_device(prediction, devices=devices, sharding=sharding))

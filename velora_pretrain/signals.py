@@ -87,3 +87,9 @@ class StopSignals:
         self._restore()
         if self._may_leave:
             raise LeaveStep
+
+
+def ignore_termination() -> None:
+    """For a program that is about to end: a SIGTERM no longer ends it at once."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)

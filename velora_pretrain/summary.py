@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from velora_pretrain.data.sample import sample_sha256
-from velora_pretrain.prediction import predict_memory
 from velora_pretrain.records import RunFolder
 from velora_pretrain.setup import Prepared
+from velora_pretrain.sharding import predict_per_device
 
 
 def summarise(
@@ -26,6 +26,7 @@ def summarise(
     device: str,
     processes: int,
     measured_memory: dict[str, Any] | None = None,
+    reduced_bytes_per_step: dict[str, int] | None = None,
 ) -> dict[str, Any]:
     """The content of summary.json.
 
@@ -38,12 +39,14 @@ def summarise(
         device: where it ran.
         processes: how many took part.
         measured_memory: what `measurement.StepMemory` measured of one step.
+        reduced_bytes_per_step: bytes of gradients that a process exchanged with others, by kind of parameter.
     """
     run, records = prepared.run, list(folder.records())
     training = [record for record in records if "loss_nats_per_token" in record]
     micro_batch = run.batch.micro_batch
     assert micro_batch != "auto"
-    predicted = predict_memory(run, micro_batch, accumulates=micro_batch < run.batch.sequences // processes)
+    accumulates = micro_batch < run.batch.sequences // processes
+    predicted = predict_per_device(run, micro_batch, accumulates=accumulates, devices=processes).memory
     return {
         "run_dir": str(folder.path),
         "size": run.size,
@@ -61,6 +64,7 @@ def summarise(
         "peak_memory_bytes": max(record["peak_memory_bytes"] for record in training),
         "predicted_memory": _as_json(asdict(predicted)),
         "measured_memory": _as_json(measured_memory),
+        "reduced_bytes_per_step": reduced_bytes_per_step,
         "device": device,
         "processes": processes,
         **provenance(prepared),

@@ -13,6 +13,9 @@ from rich.text import Text
 
 from velora_pretrain.records import GIB
 
+MIB = 2**20
+"""Bytes in one MiB."""
+
 MEMORY_CATEGORIES = {
     "weights_bytes": "weights",
     "gradients_bytes": "gradients",
@@ -61,6 +64,11 @@ def print_summary(summary: Mapping[str, Any], console: Console | None = None) ->
         elif measured:
             allocated, reserved = (gib(measured[f"{key}_peak_bytes"], decimals) for key in ("allocated", "reserved"))
             table.add_row("measured, in GiB", f"allocated {allocated}, reserved {reserved} (peaks of one step)")
+    reduced = summary.get("reduced_bytes_per_step")
+    if reduced:
+        decimals = 2 if max(reduced.values()) >= MIB else 4
+        parts = ", ".join(f"{kind} {size / MIB:,.{decimals}f}" for kind, size in reduced.items())
+        table.add_row("reduced, in MiB", f"{parts} (gradients that each process gives to be averaged, per step)")
     table.add_row("speed", f"{summary['tokens_per_second']:,.0f} tokens/s (median step)")
     elapsed = timedelta(seconds=round(summary["seconds"]))
     table.add_row("trained", f"{summary['steps']:,} steps, {summary['tokens']:,} tokens, {elapsed}")

@@ -18,10 +18,11 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from velora_pretrain.checkpoint import WeightsNotFinite, restore
 from velora_pretrain.checkpoint_files import newest_whole
@@ -29,7 +30,7 @@ from velora_pretrain.config import Run
 from velora_pretrain.data.loader import Batch, TrainLoader, evaluation_batches
 from velora_pretrain.devices import WEIGHT_DTYPES, autocast
 from velora_pretrain.display import Display
-from velora_pretrain.distributed import all_reduce, data_parallel, start_processes
+from velora_pretrain.distributed import all_reduce, is_lost_process, meet, start_processes
 from velora_pretrain.errors import UserError
 from velora_pretrain.evaluation import EVALUATION_MICRO_BATCH, EVALUATION_SEQUENCES, evaluate
 from velora_pretrain.gradients import Gradients, first_not_finite
@@ -41,7 +42,8 @@ from velora_pretrain.records import RunFolder, TrainingRecord
 from velora_pretrain.run_lock import RunLock
 from velora_pretrain.saving import CheckpointWriter
 from velora_pretrain.setup import prepare
-from velora_pretrain.signals import Interrupted, LeaveStep, StopSignals
+from velora_pretrain.shards import placed
+from velora_pretrain.signals import Interrupted, LeaveStep, StopSignals, ignore_termination
 from velora_pretrain.spikes import LossSpikes
 from velora_pretrain.summary import summarise
 
@@ -100,20 +102,26 @@ class Trainer:
         self.mode = build_mode(run)
         self.model = Llama(run.llama, seed=run.seed, recompute=run.memory.recompute)
         self.mode.adapt(self.model)
-        self.model.to(device=self.device, dtype=WEIGHT_DTYPES[run.precision])
+        self.model.to(dtype=WEIGHT_DTYPES[run.precision])
         if run.compile:
             # In place, so that names and checkpoints stay; a part that cannot be compiled is an error.
             self.model.compile(fullgraph=True)
-        self.wrapped: nn.Module = data_parallel(self.accelerator, self.model)
-        self.optimizer = self.mode.build_optimizer(self.model)
+        is_sharded = run.distributed.sharding == "full"
+        self.placement = placed(self.accelerator, self.model, is_sharded=is_sharded)
+        self.own = self.placement.own
+        self.optimizer = self.mode.build_optimizer(self.own)
         self.in_backward = run.optimizer.update == "in_backward"
         are_exchanged = self.accelerator.num_processes > 1
         self.gradients = Gradients(
-            self.model, self.optimizer, in_backward=self.in_backward, are_exchanged=are_exchanged
+            self.own,
+            self.optimizer,
+            in_backward=self.in_backward,
+            are_exchanged=are_exchanged,
+            total=self.placement.total,
         )
-        self.step_memory = StepMemory(self.model, self.optimizer, self.device)
+        self.step_memory = StepMemory(self.own, self.optimizer, self.device)
         if self.prepared.checkpoint:
-            restore(self.prepared.checkpoint, model=self.model, optimizer=self.optimizer)
+            self._restore(self.prepared.checkpoint)
             display.note(f"going on from {self.prepared.checkpoint}")
         self.cursor: dict[str, Any] | None = self.prepared.state.get("cursor")
         self.seconds_before: float = self.prepared.state.get("seconds", 0.0)
@@ -124,7 +132,7 @@ class Trainer:
         """Whether model and optimizer are as the last step done has left them."""
         tokenizer = self.prepared.tokenizer
         self.writer = CheckpointWriter(
-            run, folder, model=self.model, optimizer=self.optimizer, tokenizer=tokenizer, steps=self.done_steps
+            run, folder, self.placement, optimizer=self.optimizer, tokenizer=tokenizer, steps=self.done_steps
         )
         self.signals, self.is_stop_told = StopSignals(), False
 
@@ -139,6 +147,9 @@ class Trainer:
         self.evaluated_steps = {record["step"] for record in records if "perplexity" in record}
         losses = (record.get("loss_nats_per_token") for record in records)
         self.spikes = LossSpikes(loss for loss in losses if loss is not None)
+
+    def _restore(self, path: Path) -> None:
+        restore(path, model=self.own, optimizer=self.optimizer, part=self.placement.part)
 
     def close(self) -> None:
         """Returns when no checkpoint is being written any more."""
@@ -161,6 +172,15 @@ class Trainer:
             raise UserError(
                 f"{self.folder.path}: cannot be written ({error.strerror}); checkpoints are whole: free some space and"
                 f" go on with: {self._way_on}"
+            ) from error
+        except RuntimeError as error:
+            if not is_lost_process(error):
+                raise
+            # The launcher's, which comes for the same reason and would cut this short.
+            ignore_termination()
+            self._save_alone()
+            raise ConnectionError(
+                f"another process ended, or cannot be reached; {self._last_saved()}; go on with: {self._way_on}"
             ) from error
 
     @property
@@ -185,13 +205,14 @@ class Trainer:
             prefetch_batches=run.reading.prefetch_batches,
             cursor=self.cursor,
         )
-        with closing(loader), self.signals:
+        with self.signals, closing(loader):
             # A run that was stopped during an evaluation does it first.
             if not self._evaluate_if_due():
                 raise self._interrupted()
             measured_step = min(self.done_steps + MEASURED_STEP, run.steps)
-            if run.compile and self.device.type == "cpu":
-                # What a compiled graph does cannot be watched operation by operation.
+            if (run.compile or run.distributed.sharding == "full") and self.device.type == "cpu":
+                # What a compiled graph does cannot be watched operation by operation, nor what is given back of a
+                # gathered parameter, whose storage stays.
                 measured_step = 0
             first_step = self.done_steps + 1
             while self.done_steps < run.steps:
@@ -215,6 +236,7 @@ class Trainer:
             device=str(self.device),
             processes=self.accelerator.num_processes,
             measured_memory=self.step_memory.measured,
+            reduced_bytes_per_step=self.placement.reduced_bytes_per_step(),
         )
         if self.accelerator.is_main_process:
             self.folder.write_summary(summary)
@@ -228,9 +250,7 @@ class Trainer:
 
     def _left(self) -> Interrupted:
         """Saves what the last step done has left, if it is there, after the step behind it was left."""
-        self.gradients.drop()
-        if self.is_whole and self.done_steps > self.writer.steps:
-            self._save(beside_training=False)
+        self._save_alone()
         self.writer.wait()
         where = f"left step {self.done_steps + 1} of {self.run.steps} unfinished"
         if not self.writer.steps:
@@ -262,13 +282,13 @@ class Trainer:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = run.lr * multiplier * group["lr_ratio"]
-        # All processes round alike, so that their weights stay the same.
-        self.optimizer.step_seed = step_seed(run.seed, step, 0)
+        # Processes that have the same weights round alike, so that they stay the same.
+        self.optimizer.step_seed = step_seed(run.seed, step, self.placement.stream)
         micro_batches = self._micro_batches(batch)
         # What a step draws (dropout) follows from seed, step and process: a resumed run draws it again.
         torch.manual_seed(step_seed(run.seed, step, self.accelerator.process_index))
         was_whole, self.is_whole = self.is_whole, False
-        is_changed = self.mode.before_step(self.model, self.optimizer, step, lambda: self._forward_only(micro_batches))
+        is_changed = self.mode.before_step(self.own, self.optimizer, step, lambda: self._forward_only(micro_batches))
         self.is_whole = was_whole and not (is_changed or self.in_backward)
         with self._leavable():
             nats = self._backward(micro_batches, batch.num_target_tokens)
@@ -285,7 +305,7 @@ class Trainer:
         if is_taken:
             self.is_whole, self.failures_in_a_row = False, 0
             self.gradients.step()
-            shares = self.mode.after_step(self.model, self.optimizer, step)
+            shares = self.mode.after_step(self.own, self.optimizer, step)
         else:
             self._fail(step, loss, grad_norm)
             if run.optimizer.not_finite == "rollback":
@@ -326,7 +346,7 @@ class Trainer:
             UserError: the run is not to go on after that, or cannot.
         """
         run, self.failures_in_a_row = self.run, self.failures_in_a_row + 1
-        where = f"the loss is {loss}; first tensor that is not finite: {first_not_finite(self.model)}"
+        where = f"the loss is {loss}; first tensor that is not finite: {first_not_finite(self.own)}"
         self.writer.wait()
         last = self.folder.checkpoints_newest_first()
         reason = ""
@@ -348,18 +368,18 @@ class Trainer:
 
     def _roll_back(self, step: int, batch: Batch) -> None:
         """Takes model, optimizer and counts back to the newest checkpoint; the data go on after `batch`."""
-        self.accelerator.wait_for_everyone()
+        meet(self.accelerator)
         found = newest_whole(self.folder, self.display.warn)
         if found is None:
             raise UserError(f"step {step}: no checkpoint of {self.folder.path} is whole, so there is no way back")
         path, state = found
         self.gradients.drop()
-        restore(path, model=self.model, optimizer=self.optimizer)
+        self._restore(path)
         rollbacks, skipped_steps = self.rollbacks + 1, self.skipped_steps
         self._take_counts(state)
         self.rollbacks, self.skipped_steps = rollbacks, skipped_steps
         self.cursor, self.is_whole = batch.cursor, True
-        self.accelerator.wait_for_everyone()
+        meet(self.accelerator)
         if self.accelerator.is_main_process:
             self.folder.forget_after(self.done_steps)
         self.display.note(f"went back to {path}; the data go on after those of step {step}")
@@ -367,15 +387,18 @@ class Trainer:
     def _next_batch(self, loader: TrainLoader) -> Batch:
         """The next batch; where reading fails for good, what was trained is saved first."""
         try:
-            return next(loader)
+            batch = next(loader)
         except (UserError, ConnectionError) as error:
             raise self._saved_from(error) from error
+        # Not within the passes: they are not meant to wait for long.
+        meet(self.accelerator)
+        return batch
 
     def _saved_from(self, error: Exception) -> UserError:
         """The same failure, told after a checkpoint was written."""
-        if not self.accelerator.is_main_process or self.done_steps == self.writer.steps:
+        if not self._save_alone():
             return UserError(f"after step {self.done_steps}: {error}")
-        saved = self._save(beside_training=False)
+        saved = self.folder.checkpoint(self.done_steps)
         return UserError(f"after step {self.done_steps}: {error}; wrote {saved}; go on with: {self._way_on}")
 
     def _micro_batches(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
@@ -395,15 +418,15 @@ class Trainer:
 
     def _backward(self, micro_batches: list[tuple[Tensor, Tensor]], num_targets: int) -> float:
         """Accumulates the gradient of the global batch's mean loss; gives this process's nats."""
-        # DistributedDataParallel averages gradients over processes; the loss is a sum over them.
+        # Gradients are averaged over processes; the loss is a sum over them.
         factor = self.accelerator.num_processes / max(1, num_targets)
         nats = torch.zeros((), dtype=torch.float32, device=self.device)
         for place, (inputs, labels) in enumerate(micro_batches, start=1):
             # A sum that is kept in a form of its own is over what all processes have sent.
             is_sent = place == len(micro_batches) or self.optimizer.accumulates
-            with nullcontext() if is_sent else self.accelerator.no_sync(self.wrapped):
+            with nullcontext() if is_sent else self.placement.accumulating():
                 with autocast(self.run.precision, self.device.type):
-                    loss = self.wrapped(inputs, labels)
+                    loss = self.placement.module(inputs, labels)
                 nats += loss.detach()
                 if self.in_backward and not loss.isfinite():
                     # Parameters that moved by it could not be saved any more.
@@ -414,6 +437,7 @@ class Trainer:
             if self.signals.is_set and not self.is_stop_told:
                 self.display.note("finishing this step, then writing a checkpoint; once more to stop at once")
                 self.is_stop_told = True
+        self.placement.complete_gradients()
         return nats.item()
 
     @property
@@ -462,6 +486,7 @@ class Trainer:
             device=self.device,
             micro_batch=EVALUATION_MICRO_BATCH,
             all_reduce=lambda tensor: all_reduce(self.accelerator, tensor),
+            passes=self.placement.passes,
             progress=self._evaluation_progress,
         )
         if not math.isfinite(score.nats):
@@ -473,22 +498,34 @@ class Trainer:
         self.evaluated_steps.add(record.step)
         self.display.evaluation(record)
 
+    def _last_saved(self) -> str:
+        last = self.folder.checkpoints_newest_first()
+        return f"the last good checkpoint is {last[0]}" if last else "no checkpoint was written yet"
+
     def _record_failure(self, step: int, reason: str) -> None:
         if self.accelerator.is_main_process:
             self.folder.write_failure(step, reason)
 
-    def _save(self, *, beside_training: bool) -> str:
-        """Writes a checkpoint; gives its path."""
+    def _save_alone(self) -> bool:
+        """Saves what the last step done has left, without the other processes; says whether there was a need and a way.
+
+        A step that has begun is forgotten.
+        """
+        self.gradients.drop()
+        is_alone = self.accelerator.is_main_process and not self.placement.is_sharded
+        may_save = is_alone and self.is_whole and self.done_steps > self.writer.steps
+        if may_save:
+            self._save(beside_training=False)
+        return may_save
+
+    def _save(self, *, beside_training: bool) -> None:
         counts = {"tokens": self.tokens, "skipped_steps": self.skipped_steps, "rollbacks": self.rollbacks}
         progress = {**counts, "cursor": self.cursor, "seconds": self.seconds}
-        if self.accelerator.is_main_process:
-            try:
-                self.writer.save(self.done_steps, progress, beside_training=beside_training)
-            except WeightsNotFinite as error:
-                self._record_failure(self.done_steps, str(error))
-                raise
-        self.writer.steps = self.done_steps
-        return str(self.folder.checkpoint(self.done_steps))
+        try:
+            self.writer.save(self.done_steps, progress, beside_training=beside_training)
+        except WeightsNotFinite as error:
+            self._record_failure(self.done_steps, str(error))
+            raise
 
 
 def step_seed(seed: int, step: int, process: int) -> int:
