@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from velora_pretrain import checkpoint
 from velora_pretrain.config import Run
 from velora_pretrain.data.loader import Batch, TrainLoader, evaluation_batches
-from velora_pretrain.devices import WEIGHT_DTYPES, autocast
+from velora_pretrain.devices import WEIGHT_DTYPES, autocast, memory_limit_bytes
 from velora_pretrain.display import Display
 from velora_pretrain.distributed import all_reduce, data_parallel, start_processes
 from velora_pretrain.errors import UserError
@@ -132,7 +132,9 @@ class Trainer:
 
     def _train(self) -> dict[str, Any]:
         run = self.run
-        self.display.start(name=str(self.folder.path), steps=run.steps, done_steps=self.done_steps)
+        limit = memory_limit_bytes(self.device)
+        name = str(self.folder.path)
+        self.display.start(name=name, steps=run.steps, done_steps=self.done_steps, memory_limit_bytes=limit)
         loader = TrainLoader(
             self.prepared.source,
             self.prepared.tokenizer,
