@@ -33,13 +33,13 @@ from velora_pretrain.options import (
     number_or_word,
     write_json,
 )
+from velora_pretrain.run_commands import add_run_commands
 
 if TYPE_CHECKING:
     from velora_pretrain.config import Run
 
 app = typer.Typer(
     help="Pre-train LLaMA from scratch on C4 with little memory, and see what each memory-saving mode costs and saves.",
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 eval_app = typer.Typer(help="Evaluate what was trained.")
@@ -178,6 +178,9 @@ def eval_checkpoint(
         write_json(json_file, fields)
         if json_file != "-":
             print_evaluation(fields)
+
+
+add_run_commands(app)
 
 
 def new_run_dir(run: Run) -> Path:

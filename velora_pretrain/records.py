@@ -30,6 +30,9 @@ from velora_pretrain.recipe import build_run, read_recipe
 GIB = 2**30
 """Bytes in one GiB."""
 
+BLOCK_BYTES = 2**14
+"""Read at once from the end of metrics.jsonl."""
+
 _CHECKPOINT_NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -163,6 +166,25 @@ class RunFolder:
             for line in file:
                 if line.endswith("\n"):
                     yield finite(json.loads(line))
+
+    def records_newest_first(self) -> Iterator[dict[str, Any]]:
+        """The whole records of metrics.jsonl from its end, reading no more of it than is asked for."""
+        if not self.metrics.exists():
+            return
+        with self.metrics.open("rb") as file:
+            end, cut = file.seek(0, os.SEEK_END), b""
+            is_last = True
+            while end > 0:
+                begin = max(0, end - BLOCK_BYTES)
+                file.seek(begin)
+                first, *lines = (file.read(end - begin) + cut).split(b"\n")
+                # What stands before the block's first line end may have begun in the block before.
+                lines, cut, end = ([first, *lines] if begin == 0 else lines), first, begin
+                if is_last and lines:
+                    # Empty, or a line that a crash cut short.
+                    lines.pop()
+                    is_last = False
+                yield from (finite(json.loads(line)) for line in reversed(lines))
 
     def forget_after(self, step: int) -> None:
         """Drops the records of steps after `step`, which a resumed run does again."""
