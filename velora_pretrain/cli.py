@@ -23,6 +23,8 @@ from velora_pretrain.options import (
     INTERRUPTED,
     MISTAKE,
     RUNS,
+    Device,
+    FolderTokenizer,
     Json,
     MicroBatch,
     Precision,
@@ -152,11 +154,8 @@ def eval_checkpoint(
     ] = None,
     data: Annotated[str | None, typer.Option(help=DATA_HELP)] = None,
     tokens: Annotated[int | None, typer.Option(help="Validation tokens to score.", min=1)] = None,
-    tokenizer: Annotated[
-        str | None,
-        typer.Option(help="bundled, a SentencePiece model's path, or a hub name; by default the folder's own."),
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    tokenizer: FolderTokenizer = None,
+    device: Device = "auto",
     json_file: Json = None,
 ) -> None:
     """Score validation text: perplexity, bits per byte, tokens."""

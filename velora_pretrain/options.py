@@ -26,6 +26,11 @@ Settings = Annotated[
     list[str] | None, typer.Option("--set", help="Any recipe key; repeatable.", metavar="DOTTED.KEY=VALUE")
 ]
 Json = Annotated[str | None, typer.Option("--json", help="Write the result to a file; - is standard output.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+FolderTokenizer = Annotated[
+    str | None,
+    typer.Option(help="bundled, a SentencePiece model's path, or a hub name; by default the folder's own."),
+]
 DATA_HELP = "auto, c4, sample, or a path, glob or URL of .json, .jsonl (.gz, .zst) or .parquet files."
 
 

@@ -4,6 +4,7 @@
       config.toml                     the resolved run
       metrics.jsonl                   one flat record a line, units in the names
       checkpoints/step-00000100/      see `checkpoint.py`
+      samples.jsonl                   continuations at each evaluation, where asked for: step, prompt, continuation
       summary.json                    final figures
       failure.json                    step and reason, where the numbers failed and ended the run
 
@@ -100,6 +101,7 @@ class RunFolder:
         self.config = path / "config.toml"
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
+        self.samples = path / "samples.jsonl"
         self.summary = path / "summary.json"
         self.failure = path / "failure.json"
 
@@ -160,12 +162,7 @@ class RunFolder:
 
         A last line that a crash cut short is left out.
         """
-        if not self.metrics.exists():
-            return
-        with self.metrics.open(encoding="utf-8") as file:
-            for line in file:
-                if line.endswith("\n"):
-                    yield finite(json.loads(line))
+        yield from _whole_lines(self.metrics)
 
     def records_newest_first(self) -> Iterator[dict[str, Any]]:
         """The whole records of metrics.jsonl from its end, reading no more of it than is asked for."""
@@ -187,9 +184,10 @@ class RunFolder:
                 yield from (finite(json.loads(line)) for line in reversed(lines))
 
     def forget_after(self, step: int) -> None:
-        """Drops the records of steps after `step`, which a resumed run does again."""
-        kept = [json.dumps(record, allow_nan=False) for record in self.records() if record["step"] <= step]
-        write_atomically(self.metrics, "".join(f"{line}\n" for line in kept).encode())
+        """Drops the records and samples of steps after `step`, which a resumed run does again."""
+        for path in (self.metrics, *([self.samples] if self.samples.exists() else [])):
+            kept = [json.dumps(record, allow_nan=False) for record in _whole_lines(path) if record["step"] <= step]
+            write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Writes summary.json, whole or not at all, with null for numbers that are not finite."""
@@ -198,6 +196,15 @@ class RunFolder:
     def write_failure(self, step: int, reason: str) -> None:
         """Writes failure.json, whole or not at all: the step at which the numbers failed, and what was not finite."""
         write_atomically(self.failure, (json.dumps({"step": step, "reason": reason}, indent=2) + "\n").encode())
+
+
+def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            if line.endswith("\n"):
+                yield finite(json.loads(line))
 
 
 def step_of(checkpoint: Path) -> int:

@@ -1,14 +1,15 @@
-"""The commands that look at runs: `report`, `show`, `watch`. No torch here."""
+"""The commands that look at runs: `report`, `show`, `watch`, and `generate`, which alone needs torch."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from velora_pretrain.errors import UserError
-from velora_pretrain.options import RUNS, Json, write_json
+from velora_pretrain.options import RUNS, Device, FolderTokenizer, Json, write_json
 
 
 def add_run_commands(app: typer.Typer) -> None:
@@ -16,6 +17,7 @@ def add_run_commands(app: typer.Typer) -> None:
     app.command()(report)
     app.command()(show)
     app.command()(watch)
+    app.command()(generate)
 
 
 def report(
@@ -66,3 +68,40 @@ def watch(
     with make_display(every_step=True) as display:
         state = follow(folder, display)
     print(f"{folder.path}: {state}")
+
+
+def generate(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, run folder or Hugging Face folder.")],
+    prompt: Annotated[str, typer.Argument(help="The beginning of the text.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to add.", min=1)] = 64,
+    temperature: Annotated[
+        float, typer.Option(help="0 takes the likeliest token; above, chance has a say.", min=0)
+    ] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Draw from so many of the likeliest tokens; 0: from all.", min=0)] = 50,
+    seed: Annotated[int, typer.Option(help="Seed of what is drawn.", min=0, max=2**63 - 1)] = 0,
+    tokenizer: FolderTokenizer = None,
+    device: Device = "auto",
+) -> None:
+    """Continue a text with what a checkpoint's model has learnt."""
+    from velora_pretrain.display import make_display
+
+    if not checkpoint.exists():
+        raise UserError(f"{checkpoint}: no such checkpoint or run folder")
+    if not math.isfinite(temperature):
+        raise UserError(f"--temperature {temperature}: is no finite number")
+
+    from velora_pretrain.generation import generate as write_on
+
+    with make_display(output_is_data=True) as display:
+        text = write_on(
+            checkpoint,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            seed=seed,
+            device=device,
+            display=display,
+            tokenizer_name=tokenizer,
+        )
+    print(text)

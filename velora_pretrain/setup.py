@@ -22,7 +22,14 @@ from velora_pretrain.prediction import USABLE_SHARE, choose_micro_batch, free_me
 from velora_pretrain.recipe import differences
 from velora_pretrain.records import RunFolder
 
-MAY_CHANGE = ("device", "checkpoint.", "compare.", "reading.max_bad_lines", "reading.prefetch_batches")
+MAY_CHANGE = (
+    "device",
+    "checkpoint.",
+    "compare.",
+    "evaluation.sample",
+    "reading.max_bad_lines",
+    "reading.prefetch_batches",
+)
 """Keys, or beginnings of keys, that a resumed run may change: they leave the numbers as they are."""
 
 

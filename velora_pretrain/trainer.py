@@ -29,6 +29,7 @@ from velora_pretrain.display import Display
 from velora_pretrain.distributed import all_reduce, data_parallel, start_processes
 from velora_pretrain.errors import UserError
 from velora_pretrain.evaluation import EVALUATION_MICRO_BATCH, EVALUATION_SEQUENCES, evaluate
+from velora_pretrain.generation import SampleLog
 from velora_pretrain.gradients import Gradients, first_not_finite
 from velora_pretrain.measurement import MEASURED_STEP, StepMemory
 from velora_pretrain.modes import build_mode
@@ -103,6 +104,7 @@ class Trainer:
         self.seconds_before: float = state.get("seconds", 0.0)
         self.started = self.saved = time.monotonic()
         self.saved_steps = self.done_steps
+        self.samples = SampleLog(folder.samples, run, self.prepared.validation, self.prepared.tokenizer)
         self.signals, self.is_stop_told = StopSignals(), False
         # Not beyond the checkpoint: another process may not have dropped the later records yet.
         evaluated = {record["step"] for record in folder.records() if "perplexity" in record}
@@ -354,6 +356,7 @@ class Trainer:
         record = score.record(self.done_steps)
         if self.accelerator.is_main_process:
             self.folder.append(record)
+            self.samples.write(self.model, record.step)
         self.evaluated_steps.add(record.step)
         self.display.evaluation(record)
 
