@@ -14,9 +14,10 @@ import psutil
 import torch
 
 from velora_pretrain import __version__
-from velora_pretrain.config import Precision
+from velora_pretrain.config import Precision, nearest
 from velora_pretrain.errors import UserError
 
+KINDS = ("auto", "cpu", "cuda", "mps")
 WEIGHT_DTYPES: dict[Precision, torch.dtype] = {
     "fp32": torch.float32,
     "bf16-mixed": torch.float32,
@@ -36,7 +37,7 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"device: {name!r} is no device; choose auto, cpu, cuda or mps") from None
+        raise UserError(f"device: {name!r} is no device; {nearest(name, KINDS)}choose auto, cpu, cuda or mps") from None
     if device.index is not None:
         raise UserError(f"device: {name} names one of several; choose {device.type} and set CUDA_VISIBLE_DEVICES")
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
