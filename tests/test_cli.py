@@ -500,3 +500,43 @@ def test_speed_is_timed_for_every_mode_and_for_modes_with_settings(monkeypatch: 
         "flora": False,
         "flora, compiled": True,
     }
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("tr", ["train"]),
+        ("train --siz", ["--size"]),
+        ("train --size 1", ["100m", "130m", "1b", "13b"]),
+        ("train --mode gal", ["galore", "galore+velora"]),
+        ("train --recipe qu", ["quickstart"]),
+        ("train --precision bf", ["bf16-mixed", "bf16"]),
+        ("generate --device c", ["cpu", "cuda"]),
+    ],
+)
+def test_the_shell_completes_without_torch(typed: str, offered: list[str]):
+    code = "import sys; sys.modules.update(torch=None, numpy=None); from velora_pretrain.cli import main; main()"
+    words = f"velora-pretrain {typed}"
+    asked = {
+        "PYTHONPATH": str(Path(__file__).parent.parent),
+        "_VELORA_PRETRAIN_COMPLETE": "complete_bash",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(len(words.split()) - 1),
+    }
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **asked}, check=True)
+    assert done.stdout.split() == offered
+
+
+@pytest.mark.parametrize("words", ["train", "eval checkpoint", "report", "generate"])
+def test_every_option_says_its_default(words: str):
+    import typer.main
+
+    command: Any = typer.main.get_command(cli.app)
+    for word in words.split():
+        command = command.commands[word]
+    without = {"size", "recipe", "settings", "json_file", "resume", "compile"}
+    options = [each for each in command.params if each.param_type_name == "option" and each.name not in without]
+    assert options
+    for option in options:
+        assert option.default is not None or "default" in option.help, option.name

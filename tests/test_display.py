@@ -1,5 +1,6 @@
 """What runs and tables look like, on a terminal and in a log."""
 
+import dataclasses
 import io
 import math
 import re
@@ -11,6 +12,7 @@ from velora_pretrain import tables
 from velora_pretrain.display import Display, LiveDisplay, LogDisplay, make_display
 from velora_pretrain.memory_table import print_memory_rows
 from velora_pretrain.records import EvaluationRecord, TrainingRecord
+from velora_pretrain.sparkline import Course, sparkline
 
 EVALUATION = EvaluationRecord(
     step=20,
@@ -67,11 +69,11 @@ class Log:
 class Terminal:
     """A live display on a terminal that records what is written."""
 
-    def __init__(self, *, errors_on_terminal: bool = True) -> None:
-        self.out, self.err = io.StringIO(), io.StringIO()
-        self.console = Console(file=self.out, force_terminal=True, width=120, color_system=None)
-        errors = Console(file=self.err, force_terminal=errors_on_terminal, width=120, color_system=None)
-        self.display = LiveDisplay(self.console, errors)
+    def __init__(self, *, errors_on_terminal: bool = True, width: int = 120) -> None:
+        self.out, self.err, self.clock = io.StringIO(), io.StringIO(), Clock()
+        self.console = Console(file=self.out, force_terminal=True, width=width, color_system=None)
+        errors = Console(file=self.err, force_terminal=errors_on_terminal, width=width, color_system=None)
+        self.display = LiveDisplay(self.console, errors, self.clock)
 
     @property
     def text(self) -> str:
@@ -152,6 +154,70 @@ def test_a_terminal_moves_within_a_step():
         assert live._bars.tasks[0].completed == 1.25  # pyright: ignore[reportAttributeAccessIssue]
         live.step(record(2))
         assert live._bars.tasks[0].completed == 2  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize("width", [80, 60, 132])
+def test_no_figure_is_broken_at_the_end_of_a_line(width: int):
+    terminal = Terminal(width=width)
+    name = "runs/350m-galore+velora-20261127-101010"
+    with terminal.display as live:
+        live.start(name=name, steps=60_000, done_steps=0, memory_limit_bytes=80 * 2**30)
+        live.past([record(step) for step in range(1, 101)])
+        live.evaluation(EVALUATION)
+        live.micro_batch(3, 16)
+        live.step(record(101))
+    lines = [line.rstrip() for line in terminal.text.replace("\r", "\n").splitlines()]
+    assert max(map(len, lines)) <= width
+    shown = "\n".join(lines[-8:])
+    for part in (name, "101/60000 steps", "loss 6.5432 ▁", "lr 9.50e-04", "data wait 0.00 s", "peak 1.50 of 80.0 GiB"):
+        assert part in shown
+    # The line of the evaluation gives its least part where there is no room.
+    assert ("(1,234,567 tokens)" in terminal.text) == (width > 100)
+
+
+def test_the_time_left_follows_the_last_steps_and_what_was_done_before_counts():
+    terminal = Terminal()
+    with terminal.display as live:
+        live.start(name="60m-full", steps=100, done_steps=50)
+        live.past([dataclasses.replace(record(step), tokens_per_second=1024.0) for step in range(1, 51)])
+        terminal.clock.seconds += 1
+        live._redraw()  # pyright: ignore[reportAttributeAccessIssue]
+        # 2,048 tokens at 1,024 a second: 2 seconds a step, the last one of them 1 second ago.
+        assert live._times() == "0:01:41 · 0:01:39 left"  # pyright: ignore[reportAttributeAccessIssue]
+        for step in range(51, 100):
+            terminal.clock.seconds += 30
+            live.step(record(step))
+        assert live._times() == "0:26:11 · 0:00:30 left"  # pyright: ignore[reportAttributeAccessIssue]
+        live.step(record(100))
+        assert live._times() == "0:26:11"  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_every_step_has_a_line_where_that_is_asked_for(capsys: pytest.CaptureFixture[str]):
+    with make_display(every_step=True) as shown:
+        shown.start(name="60m-full", steps=100, done_steps=0)
+        for step in range(1, 31):
+            shown.step(record(step))
+    assert capsys.readouterr().out.count("loss 6.5432") == 30
+
+
+def test_a_sparkline_spans_its_values_but_for_those_of_the_warm_up():
+    assert sparkline([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0], 8) == "▁▂▃▄▅▆▇█"
+    assert sparkline([100.0, *(10.0 - place for place in range(10)), 0.5], 12) == "██▇▇▆▅▄▄▃▂▁▁"
+    assert sparkline([1.0] * 5, 3) == "▁▁▁"
+    assert sparkline([], 3) == ""
+    assert sparkline([0.0, 0.0, 7.0, 7.0], 2, blocks="ab") == "ab"
+
+
+def test_a_course_of_any_length_keeps_its_shape_in_little_memory():
+    course = Course(most=8)
+    for place in range(1000):
+        course.add(float(place))
+        course.add(math.nan)
+    values = course.values
+    assert len(values) <= 8
+    assert values == sorted(values)
+    assert values[0] == pytest.approx(63.5)
+    assert values[-1] > 900
 
 
 def test_a_terminal_is_restored_after_an_error():

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from velora_pretrain import plots
+from velora_pretrain.config import MODES
 from velora_pretrain.errors import UserError
 from velora_pretrain.plots import COLOURS, has_matplotlib, moving_mean, write_plots
 
@@ -18,6 +19,7 @@ NAMES = ["full", "velora", "velora[layers=all,update=projected]", "galore", "flo
 def row(variant: str, perplexity: float, memory_gib: float | None, sd: float | None = 0.1) -> dict[str, Any]:
     return {
         "variant": variant,
+        "mode": variant.partition("[")[0],
         "learning_rate": 0.001 if math.isfinite(perplexity) else None,
         "perplexity_mean": perplexity,
         "perplexity_sd": sd,
@@ -66,8 +68,18 @@ def test_the_same_data_gives_the_same_files(tmp_path: Path):
 
 
 def test_no_two_variants_look_alike():
-    looks = [tuple(plots._look(place).values()) for place in range(56)]
-    assert len(set(looks)) == 56
+    looks = plots.variant_looks({f"velora[rank={place}]": "velora" for place in range(32)})
+    assert len({(look["marker"], look["linestyle"]) for look in looks.values()}) == 32
+
+
+def test_a_mode_has_one_colour_whatever_it_is_compared_with():
+    modes = {name: name.partition("[")[0] for name in NAMES[:6]}
+    looks = plots.variant_looks(modes)
+    for name, mode in modes.items():
+        alone = plots.variant_looks({mode: mode})[mode]
+        assert (looks[name]["color"] == alone["color"]) == (name == mode)
+    assert len({look["color"] for look in looks.values()}) == len(modes)
+    assert len(set(plots.MODE_COLOURS.values())) == len(plots.MODE_COLOURS) == len(MODES)
 
 
 def test_labels_cover_neither_points_nor_each_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

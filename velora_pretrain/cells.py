@@ -39,8 +39,6 @@ from velora_pretrain.variants import Cell
 
 POLL_SECONDS = 0.1
 """Time between looks at the children."""
-TAIL_BYTES = 4096
-"""Bytes of metrics.jsonl that hold its last record."""
 
 
 def run_folder(root: Path, cell: Cell) -> RunFolder:
@@ -197,16 +195,8 @@ def result_line(folder: RunFolder) -> str:
 
 def last_training_record(folder: RunFolder) -> dict[str, Any] | None:
     """The last whole training record of a run that may be being trained, without reading it all."""
-    try:
-        with folder.metrics.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
-            lines = file.read().splitlines(keepends=True)
-    except FileNotFoundError:
-        return None
-    for line in reversed(lines):
-        if line.startswith(b"{") and line.endswith(b"\n") and "loss_nats_per_token" in (record := json.loads(line)):
-            return record
-    return None
+    records = folder.records_newest_first()
+    return next((record for record in records if "loss_nats_per_token" in record), None)
 
 
 class _CellProgress:

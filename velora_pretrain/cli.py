@@ -19,27 +19,33 @@ from velora_pretrain.compare_commands import compare_app
 from velora_pretrain.errors import UserError
 from velora_pretrain.options import (
     DATA_HELP,
+    DEVICES,
     FAILED,
     INTERRUPTED,
     MISTAKE,
     RUNS,
+    Device,
+    FolderTokenizer,
     Json,
     MicroBatch,
+    Mode,
     Precision,
+    Recipe,
     SequenceLength,
     Settings,
     Size,
+    completing,
     names_model,
     number_or_word,
     write_json,
 )
+from velora_pretrain.run_commands import add_run_commands
 
 if TYPE_CHECKING:
     from velora_pretrain.config import Run
 
 app = typer.Typer(
     help="Pre-train LLaMA from scratch on C4 with little memory, and see what each memory-saving mode costs and saves.",
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 eval_app = typer.Typer(help="Evaluate what was trained.")
@@ -66,17 +72,35 @@ def _root(
 @app.command()
 def train(
     size: Size = None,
-    mode: Annotated[str | None, typer.Option(help="Training mode; the recipes list them.")] = None,
-    recipe: Annotated[str | None, typer.Option(help="A TOML recipe, or a bundled one by name (quickstart).")] = None,
-    data: Annotated[str | None, typer.Option(help=DATA_HELP)] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="bundled, a SentencePiece model's path, or a hub name.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Sequences per optimizer step, over all devices.")] = None,
+    mode: Mode = None,
+    recipe: Recipe = None,
+    data: Annotated[str | None, typer.Option(help=f"{DATA_HELP} By default the recipe's, else auto.")] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            help="bundled, a SentencePiece model's path, or a hub name; by default the recipe's, else bundled."
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Optimizer steps; by default the recipe's, else as published for the size.")
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help="Sequences per optimizer step, over all devices; by default the recipe's, else 512."),
+    ] = None,
     micro_batch: MicroBatch = None,
     sequence_length: SequenceLength = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of weights and data order.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate; by default the recipe's, else 0.001.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of weights and data order; by default the recipe's, else 0.")
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="auto, cpu, cuda or mps; by default the recipe's, else auto.",
+            autocompletion=completing(lambda: DEVICES),
+        ),
+    ] = None,
     precision: Precision = None,
     compile: Annotated[
         bool | None, typer.Option("--compile", help="Compile forward and backward pass by torch.compile.")
@@ -150,13 +174,13 @@ def eval_checkpoint(
         Path | None,
         typer.Argument(help="A checkpoint, run folder or Hugging Face folder; by default the newest run's last."),
     ] = None,
-    data: Annotated[str | None, typer.Option(help=DATA_HELP)] = None,
-    tokens: Annotated[int | None, typer.Option(help="Validation tokens to score.", min=1)] = None,
-    tokenizer: Annotated[
-        str | None,
-        typer.Option(help="bundled, a SentencePiece model's path, or a hub name; by default the folder's own."),
+    data: Annotated[str | None, typer.Option(help=f"{DATA_HELP} By default the run's, else auto.")] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(help="Validation tokens to score; by default the run's number, else 10 million.", min=1),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    tokenizer: FolderTokenizer = None,
+    device: Device = "auto",
     json_file: Json = None,
 ) -> None:
     """Score validation text: perplexity, bits per byte, tokens."""
@@ -178,6 +202,9 @@ def eval_checkpoint(
         write_json(json_file, fields)
         if json_file != "-":
             print_evaluation(fields)
+
+
+add_run_commands(app)
 
 
 def new_run_dir(run: Run) -> Path:

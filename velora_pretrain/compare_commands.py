@@ -16,6 +16,7 @@ from velora_pretrain.options import (
     Json,
     MicroBatch,
     Precision,
+    Recipe,
     SequenceLength,
     Settings,
     Size,
@@ -193,7 +194,7 @@ def compare_speed(
 
 @compare_app.command("perplexity")
 def compare_perplexity(
-    recipe: Annotated[str | None, typer.Option(help="A TOML recipe, or a bundled one by name (quickstart).")] = None,
+    recipe: Recipe = None,
     size: Size = None,
     modes: Annotated[
         str | None,

@@ -10,12 +10,14 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from velora_pretrain import __version__
-from velora_pretrain.config import Precision
+from velora_pretrain.config import Precision, nearest
 from velora_pretrain.errors import UserError
 
+KINDS = ("auto", "cpu", "cuda", "mps")
 WEIGHT_DTYPES: dict[Precision, torch.dtype] = {
     "fp32": torch.float32,
     "bf16-mixed": torch.float32,
@@ -35,7 +37,7 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"device: {name!r} is no device; choose auto, cpu, cuda or mps") from None
+        raise UserError(f"device: {name!r} is no device; {nearest(name, KINDS)}choose auto, cpu, cuda or mps") from None
     if device.index is not None:
         raise UserError(f"device: {name} names one of several; choose {device.type} and set CUDA_VISIBLE_DEVICES")
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
@@ -68,6 +70,13 @@ def peak_memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     # Kilobytes on Linux, bytes on macOS.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def memory_limit_bytes(device: torch.device) -> int:
+    """Memory that the device has in all: what a process may use of it is less."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().total
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -10,151 +10,68 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
-from datetime import timedelta
-from types import TracebackType
+from collections import deque
+from collections.abc import Callable, Sequence
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
+from velora_pretrain.plain_display import (
+    SECONDS_BETWEEN_LINES,
+    Display,
+    LogDisplay,
+    clock_face,
+    evaluating_line,
+    evaluation_line,
+    step_figures,
+)
 from velora_pretrain.records import GIB, EvaluationRecord, TrainingRecord
+from velora_pretrain.sparkline import ASCII_BLOCKS, BLOCKS, Course, sparkline
 
-FIRST_STEPS_SHOWN = 5
-"""Steps of which a plain log shows every one, so that a user sees at once that the run goes."""
-SECONDS_BETWEEN_LINES = 5.0
-"""Shortest time between the lines of later steps in a plain log."""
-SECONDS_BETWEEN_SIGNS_OF_LIFE = 30.0
-"""Longest silence of a plain log within one long step or evaluation."""
+__all__ = ["Display", "LiveDisplay", "LogDisplay", "evaluating_line", "evaluation_line", "make_display", "step_figures"]
+
 SPEED_WINDOW_SECONDS = 600.0
 """Time over which the live display averages speed: a step on a CPU may take a minute."""
+SPARKLINE_CHARACTERS = 24
+"""Length of the losses' course."""
+GAP = "   "
+"""Between two figures."""
 
 
-class Display:
-    """What training and evaluation report to; this base shows nothing. A context manager that finishes itself."""
+class LiveDisplay(Display):
+    """A progress bar over the steps, and below it the losses' course and the figures of the last step.
 
-    def note(self, text: str) -> None:
-        """Shows one line of information."""
-
-    def warn(self, text: str) -> None:
-        """Shows a warning that cannot be missed."""
-
-    def start(self, *, name: str, steps: int, done_steps: int) -> None:
-        """Begins to show a run.
-
-        Args:
-            name: the run's name.
-            steps: optimizer steps at the end of the run.
-            done_steps: optimizer steps done before, by the run that is resumed.
-        """
-
-    def micro_batch(self, done: int, total: int) -> None:
-        """Shows progress within an optimizer step: micro-batches done, and in all."""
-
-    def step(self, record: TrainingRecord) -> None:
-        """Shows one optimizer step."""
-
-    def evaluating(self, done_tokens: int, total_tokens: int | None) -> None:
-        """Shows progress within an evaluation; the total is None where the data may end before."""
-
-    def evaluation(self, record: EvaluationRecord) -> None:
-        """Shows one finished evaluation."""
-
-    def finish(self) -> None:
-        """Ends the display and restores the terminal; harmless when repeated."""
-
-    def __enter__(self) -> Display:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.finish()
-
-
-class LogDisplay(Display):
-    """Plain lines: the first steps, then a line every few seconds, every evaluation and the last step."""
+    The name has a line to itself where the bar would else be short; figures that do not fit on a line go to the next.
+    """
 
     def __init__(self, console: Console, errors: Console, clock: Callable[[], float] = time.monotonic) -> None:
         """Makes the display.
 
         Args:
-            console: where lines go.
-            errors: where warnings go.
+            console: the terminal that holds the live part.
+            errors: where warnings go; where it is a terminal too, they are shown above the live part.
             clock: seconds, from any origin.
         """
         self._console, self._errors, self._clock = console, errors, clock
-        self._steps = self._first_step = self._done_steps = 0
-        self._started_seconds = self._last_line_seconds = clock()
-
-    def note(self, text: str) -> None:
-        """Prints one line."""
-        self._print(text)
-
-    def warn(self, text: str) -> None:
-        """Prints one line to standard error."""
-        self._errors.print(f"WARNING: {text}", markup=False, highlight=False, soft_wrap=True)
-
-    def start(self, *, name: str, steps: int, done_steps: int) -> None:
-        """Prints what begins."""
-        self._steps, self._first_step, self._done_steps = steps, done_steps, done_steps
-        self._started_seconds = self._clock()
-        self._print(f"{name}: {steps} steps" + (f", {done_steps} of them done before" if done_steps else ""))
-
-    def micro_batch(self, done: int, total: int) -> None:
-        """Prints a line when the log would else be silent for long."""
-        if self._silent_seconds() >= SECONDS_BETWEEN_SIGNS_OF_LIFE:
-            self._print(f"step {self._done_steps + 1}/{self._steps}  micro-batch {done} of {total}")
-
-    def step(self, record: TrainingRecord) -> None:
-        """Prints a line for the first steps, the last one, and between them every few seconds."""
-        self._done_steps = record.step
-        early = record.step - self._first_step <= FIRST_STEPS_SHOWN
-        if early or record.step == self._steps or self._silent_seconds() >= SECONDS_BETWEEN_LINES:
-            left = f"  {_clock_face(self._left_seconds())} left" if record.step < self._steps else ""
-            self._print(f"step {record.step}/{self._steps}  {'  '.join(step_figures(record))}{left}")
-
-    def evaluating(self, done_tokens: int, total_tokens: int | None) -> None:
-        """Prints a line when the log would else be silent for long."""
-        if self._silent_seconds() >= SECONDS_BETWEEN_SIGNS_OF_LIFE:
-            self._print(evaluating_line(done_tokens, total_tokens))
-
-    def evaluation(self, record: EvaluationRecord) -> None:
-        """Prints the result."""
-        self._print(evaluation_line(record))
-
-    def _left_seconds(self) -> float:
-        done = self._done_steps - self._first_step
-        return (self._clock() - self._started_seconds) / max(1, done) * (self._steps - self._done_steps)
-
-    def _silent_seconds(self) -> float:
-        return self._clock() - self._last_line_seconds
-
-    def _print(self, line: str) -> None:
-        self._last_line_seconds = self._clock()
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-class LiveDisplay(Display):
-    """A progress bar over the steps with the figures of the last one, below the notes and warnings."""
-
-    def __init__(self, console: Console, errors: Console) -> None:
-        """Makes the display.
-
-        Args:
-            console: the terminal that holds the live part.
-            errors: where warnings go; where it is a terminal too, they are shown above the live part.
-        """
-        self._console, self._errors = console, errors
         self._live: Live | None = None
+        self._begin(name="", steps=0, done_steps=0, memory_limit_bytes=None)
+
+    def _begin(self, *, name: str, steps: int, done_steps: int, memory_limit_bytes: int | None) -> None:
+        self._name, self._steps, self._done_steps = name, steps, done_steps
+        self._memory_limit_bytes = memory_limit_bytes
+        self._part_of_step = ""
+        self._losses = Course()
+        self._last: TrainingRecord | None = None
+        self._validation: list[str] = []
+        self._seconds_before = 0.0
+        self._began_seconds = self._clock()
+        self._marks: deque[tuple[float, int]] = deque()
         self._bars = self._new_bars()
         self._run: TaskID | None = None
         self._scoring: TaskID | None = None
-        self._done_steps = 0
-        self._figures: list[str] = []
-        self._validation = ""
 
     def note(self, text: str) -> None:
         """Prints one line above the live part."""
@@ -171,29 +88,44 @@ class LiveDisplay(Display):
         if not self._errors.is_terminal:
             self._errors.print(f"WARNING: {text}", markup=False, highlight=False, soft_wrap=True)
 
-    def start(self, *, name: str, steps: int, done_steps: int) -> None:
+    def start(self, *, name: str, steps: int, done_steps: int, memory_limit_bytes: int | None = None) -> None:
         """Begins the live part."""
         self._stop_live()
-        self._bars = self._new_bars()
-        self._done_steps, self._figures, self._validation = done_steps, [], ""
-        self._run = self._bars.add_task(name, total=steps, completed=done_steps, count=f"{done_steps}/{steps} steps")
+        self._begin(name=name, steps=steps, done_steps=done_steps, memory_limit_bytes=memory_limit_bytes)
+        self._run = self._bars.add_task("", total=steps, completed=done_steps, count=self._count())
+        self._mark(done_steps)
         self._start_live()
+
+    def past(self, records: Sequence[TrainingRecord]) -> None:
+        """Takes the course of the losses, the time and the speed from steps that were done before."""
+        marks, before = [(0.0, 0)], 0
+        for record in records:
+            self._losses.add(record.loss_nats_per_token)
+            speed = record.tokens_per_second
+            marks.append((marks[-1][0] + ((record.tokens - before) / speed if speed > 0 else 0.0), record.step))
+            before = record.tokens
+        if not records:
+            return
+        self._last, self._seconds_before = records[-1], marks[-1][0]
+        now = self._clock()
+        self._marks.clear()
+        self._marks.extend((now + seconds - self._seconds_before, step) for seconds, step in marks)
+        self._mark(records[-1].step)
+        self._redraw()
 
     def micro_batch(self, done: int, total: int) -> None:
         """Moves the bar by a part of a step."""
         if self._run is not None:
-            part = f", micro-batch {done}/{total}" if 1 < total != done else ""
-            steps = int(self._bars.tasks[0].total or 0)
-            count = f"{self._done_steps}/{steps} steps{part}"
-            self._bars.update(self._run, completed=self._done_steps + done / total, count=count)
+            self._part_of_step = f", micro-batch {done}/{total}" if 1 < total != done else ""
+            self._bars.update(self._run, completed=self._done_steps + done / total, count=self._count())
 
     def step(self, record: TrainingRecord) -> None:
         """Moves the bar and shows the step's figures."""
-        self._done_steps = record.step
-        self._figures = step_figures(record)
+        self._done_steps, self._last, self._part_of_step = record.step, record, ""
+        self._losses.add(record.loss_nats_per_token)
+        self._mark(record.step)
         if self._run is not None:
-            steps = int(self._bars.tasks[0].total or 0)
-            self._bars.update(self._run, completed=record.step, count=f"{record.step}/{steps} steps")
+            self._bars.update(self._run, completed=record.step, count=self._count())
         self._redraw()
 
     def evaluating(self, done_tokens: int, total_tokens: int | None) -> None:
@@ -209,8 +141,9 @@ class LiveDisplay(Display):
         if self._scoring is not None:
             self._bars.remove_task(self._scoring)
             self._scoring = None
-        self._validation = f"validation perplexity {record.perplexity:.2f}"
-        self.note(evaluation_line(record))
+        self._validation = [f"validation perplexity {record.perplexity:.2f}"]
+        line = evaluation_line(record)
+        self.note(line if len(line) <= self._console.width else line.partition("  (")[0])
         self._redraw()
 
     def finish(self) -> None:
@@ -225,18 +158,47 @@ class LiveDisplay(Display):
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
             TextColumn("{task.fields[count]}", markup=False),
-            TimeElapsedColumn(),
-            TextColumn("·"),
-            TimeRemainingColumn(),
-            TextColumn("left"),
             console=self._console,
             expand=True,
-            speed_estimate_period=SPEED_WINDOW_SECONDS,
         )
 
+    def _count(self) -> str:
+        return f"{self._done_steps}/{self._steps} steps{self._part_of_step}"
+
+    def _mark(self, step: int) -> None:
+        """Keeps when a step was done, as far back as the speed is averaged, two marks at the least."""
+        now = self._clock()
+        self._marks.append((now, step))
+        while len(self._marks) > 2 and self._marks[1][0] < now - SPEED_WINDOW_SECONDS:
+            self._marks.popleft()
+
+    def _times(self) -> str:
+        """Time that the run has taken, and how long it will go on at the speed of its last steps."""
+        now = self._clock()
+        (first_seconds, first_step), (last_seconds, last_step) = self._marks[0], self._marks[-1]
+        elapsed = clock_face(self._seconds_before + now - self._began_seconds)
+        if self._done_steps >= self._steps or last_step <= first_step:
+            return elapsed
+        rate = (last_seconds - first_seconds) / (last_step - first_step)
+        return f"{elapsed} · {clock_face(max(0.0, (self._steps - last_step) * rate - (now - last_seconds)))} left"
+
+    def _figures(self) -> list[str]:
+        """The last step's, the losses' course behind the loss, memory beside what the device has."""
+        if self._last is None:
+            return self._validation
+        loss, *others, peak = step_figures(self._last)
+        blocks = ASCII_BLOCKS if self._console.options.ascii_only else BLOCKS
+        loss = f"{loss} {sparkline(self._losses.values, SPARKLINE_CHARACTERS, blocks=blocks)}"
+        if self._memory_limit_bytes:
+            peak = f"peak {self._last.peak_memory_bytes / GIB:.2f} of {self._memory_limit_bytes / GIB:.1f} GiB"
+        return [loss, *others, f"data wait {self._last.data_wait_seconds:.2f} s", peak, *self._validation]
+
     def _rendering(self) -> Group:
-        figures = "   ".join([*self._figures, self._validation] if self._validation else self._figures)
-        return Group(self._bars, *([Text(figures, overflow="fold")] if figures else []))
+        lines = [Text(line) for line in in_lines(self._figures(), self._console.width)]
+        if self._run is None:
+            return Group(self._bars, *lines)
+        head = in_lines([self._name, self._times()], self._console.width)
+        return Group(*(Text(line, overflow="ellipsis", no_wrap=True) for line in head), self._bars, *lines)
 
     def _start_live(self) -> None:
         if self._live is None:
@@ -253,48 +215,35 @@ class LiveDisplay(Display):
             self._live.refresh()
 
 
-def make_display(*, output_is_data: bool = False) -> Display:
+def in_lines(parts: Sequence[str], width: int) -> list[str]:
+    """The parts side by side on as few lines of that width as hold them; none is broken."""
+    lines: list[str] = []
+    for part in parts:
+        if lines and len(lines[-1]) + len(GAP) + len(part) <= width:
+            lines[-1] += GAP + part
+        else:
+            lines.append(part)
+    return lines
+
+
+def make_display(*, output_is_data: bool = False, every_step: bool = False) -> Display:
     """The display for this process: live on a terminal, plain lines elsewhere, nothing on ranks above 0.
 
     Args:
         output_is_data: standard output carries data, so progress goes to standard error.
+        every_step: plain lines leave no step out.
     """
     if process_rank() > 0:
         return Display()
     errors = Console(stderr=True)
     console = errors if output_is_data else Console()
     live = console.is_terminal and not console.is_dumb_terminal
-    return LiveDisplay(console, errors) if live else LogDisplay(console, errors)
+    if live:
+        return LiveDisplay(console, errors)
+    seconds = 0.0 if every_step else SECONDS_BETWEEN_LINES
+    return LogDisplay(console, errors, seconds_between_lines=seconds)
 
 
 def process_rank() -> int:
     """Rank of this process under torchrun and the like; 0 without one."""
     return int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0)
-
-
-def step_figures(record: TrainingRecord) -> list[str]:
-    """The figures of one optimizer step, each with its name or unit."""
-    return [
-        f"loss {record.loss_nats_per_token:.4f}",
-        f"lr {record.learning_rate:.2e}",
-        f"grad norm {record.grad_norm:.3g}",
-        f"{record.tokens_per_second:,.0f} tokens/s",
-        f"peak {record.peak_memory_bytes / GIB:.2f} GiB",
-    ]
-
-
-def evaluation_line(record: EvaluationRecord) -> str:
-    """One line for a finished evaluation."""
-    return (
-        f"validation at step {record.step}: perplexity {record.perplexity:.2f}  loss"
-        f" {record.eval_loss_nats_per_token:.4f}  bits/byte {record.bits_per_byte:.4f}  ({record.eval_tokens:,} tokens)"
-    )
-
-
-def evaluating_line(done_tokens: int, total_tokens: int | None) -> str:
-    """One line for an evaluation under way."""
-    return f"validation: {done_tokens:,}{'' if total_tokens is None else f' of {total_tokens:,}'} tokens scored"
-
-
-def _clock_face(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))

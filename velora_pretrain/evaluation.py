@@ -166,7 +166,7 @@ def evaluate_checkpoint(
     Raises:
         UserError: no model there, no tokenizer, or unusable data.
     """
-    checkpoint, run = _find(path, display)
+    checkpoint, run = find_checkpoint(path, display)
     model = load_llama(checkpoint)
     tokenizer = load_tokenizer(tokenizer_name or str(checkpoint))
     check_vocabulary(tokenizer, model.config.vocab_size)
@@ -225,8 +225,16 @@ def has_separate_validation(run: Run) -> bool:
     return run.validation_data not in (None, run.data, "auto", "sample")
 
 
-def _find(path: Path, display: Display) -> tuple[Path, Run | None]:
-    """The folder with the weights, and the run it belongs to, if any."""
+def find_checkpoint(path: Path, display: Display) -> tuple[Path, Run | None]:
+    """The folder with the weights, and the run it belongs to, if any.
+
+    Args:
+        path: a checkpoint, a run folder, whose newest whole checkpoint is taken, or a Hugging Face folder.
+        display: takes warnings.
+
+    Raises:
+        UserError: it is none of these, or damaged.
+    """
     folder = RunFolder(path)
     if folder.config.exists():
         found = newest_whole(folder, display.warn)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 PARTS = {key: name for key, name in MEMORY_CATEGORIES.items() if key != "peak_bytes"}
 """Fields that add up to the peak, with their names."""
+PART_COLOURS = dict(zip(PARTS, (*COLOURS[1:], COLOURS[0]), strict=False))
+"""One colour per field, in every picture of memory."""
 
 
 def write_memory_plot(rows: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
@@ -54,10 +56,10 @@ def _memory_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
         names.append(f"{row['mode']}, {own}" if own else row["mode"])
     places = range(len(rows))
     left = [0.0] * len(rows)
-    for (key, part), colour in zip(PARTS.items(), (*COLOURS[1:], COLOURS[0]), strict=False):
+    for key, part in PARTS.items():
         sizes = [row["predicted"][key] / GIB for row in rows]
         if any(sizes):
-            axes.barh(places, sizes, left=left, color=colour, label=part, height=0.7)
+            axes.barh(places, sizes, left=left, color=PART_COLOURS[key], label=part, height=0.7)
             left = [before + size for before, size in zip(left, sizes, strict=True)]
     for place, peak in zip(places, left, strict=True):
         axes.annotate(f"{peak:.2f}", (peak, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)

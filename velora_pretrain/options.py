@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -18,14 +19,75 @@ RUNS = Path("runs")
 FAILED, MISTAKE, INTERRUPTED = 1, 2, 130
 """Exit status of a network that stays away, of a user's mistake, and of Ctrl-C or SIGTERM."""
 
-Size = Annotated[str | None, typer.Option(help="Model size, from 9m to 13b.", metavar="SIZE")]
-MicroBatch = Annotated[str | None, typer.Option(help="Sequences per forward pass, or auto.", metavar="N|auto")]
-SequenceLength = Annotated[int | None, typer.Option(help="Tokens per sequence.")]
-Precision = Annotated[str | None, typer.Option(help="fp32, bf16-mixed or bf16.", metavar="FORMAT")]
+
+def completing(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
+    """Shell completion among names, which are looked up only when a shell asks."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [name for name in names() if name.startswith(incomplete)]
+
+    return complete
+
+
+def _sizes() -> Iterable[str]:
+    from velora_pretrain.dimensions import SIZES
+
+    return SIZES
+
+
+def _modes() -> Iterable[str]:
+    from velora_pretrain.config import MODES
+
+    return MODES
+
+
+def _recipes() -> Iterable[str]:
+    from velora_pretrain.recipe import bundled_recipes
+
+    return sorted(bundled_recipes())
+
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+Size = Annotated[
+    str | None, typer.Option(help="Model size, from 9m to 13b.", metavar="SIZE", autocompletion=completing(_sizes))
+]
+Mode = Annotated[
+    str | None,
+    typer.Option(
+        help="Training mode, of those that the recipes list; by default the recipe's, else full.",
+        autocompletion=completing(_modes),
+    ),
+]
+Recipe = Annotated[
+    str | None,
+    typer.Option(help="A TOML recipe, or a bundled one by name (quickstart).", autocompletion=completing(_recipes)),
+]
+MicroBatch = Annotated[
+    str | None,
+    typer.Option(
+        help="Sequences per forward pass, or auto; by default the recipe's, else auto.",
+        metavar="N|auto",
+        autocompletion=completing(lambda: ["auto"]),
+    ),
+]
+SequenceLength = Annotated[int | None, typer.Option(help="Tokens per sequence; by default the recipe's, else 256.")]
+Precision = Annotated[
+    str | None,
+    typer.Option(
+        help="fp32, bf16-mixed or bf16; by default the recipe's, else fp32.",
+        metavar="FORMAT",
+        autocompletion=completing(lambda: ["fp32", "bf16-mixed", "bf16"]),
+    ),
+]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", help="Any recipe key; repeatable.", metavar="DOTTED.KEY=VALUE")
 ]
 Json = Annotated[str | None, typer.Option("--json", help="Write the result to a file; - is standard output.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.", autocompletion=completing(lambda: DEVICES))]
+FolderTokenizer = Annotated[
+    str | None,
+    typer.Option(help="bundled, a SentencePiece model's path, or a hub name; by default the folder's own."),
+]
 DATA_HELP = "auto, c4, sample, or a path, glob or URL of .json, .jsonl (.gz, .zst) or .parquet files."
 
 

@@ -1,7 +1,8 @@
 """Plots of a comparison, as PNG and SVG: plain data in, files out. No torch here; matplotlib is the extra `plot`.
 
 Colours are Okabe and Ito's, which colour-blind readers tell apart (https://jfly.uni-koeln.de/color/), one per variant
-in every plot, with a marker and a line style of its own. The same data gives the same SVG, byte for byte.
+in every plot, with a marker and a line style of its own; a mode's first variant has the colour that the mode has
+everywhere. The same data gives the same SVG, byte for byte.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from velora_pretrain.config import MODES
 from velora_pretrain.errors import UserError
 from velora_pretrain.records import GIB
 
@@ -25,6 +27,10 @@ if TYPE_CHECKING:
 HOW_TO_INSTALL = 'plots need matplotlib: pip install "velora-pretrain[plot]"'
 COLOURS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
 """Okabe and Ito's palette without its yellow, which is faint on white."""
+GREY = "#8A8A8A"
+"""An eighth colour, told from the others by its lack of any."""
+MODE_COLOURS = {mode: (*COLOURS, GREY)[place % 8] for place, mode in enumerate(MODES)}
+"""One colour per mode, in every picture; black stands for the colour of the text, and is white on a dark page."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 LINES = ("-", "--", "-.", ":")
 SMOOTHED_SHARE = 0.02
@@ -74,7 +80,7 @@ def write_plots(
     """
     import matplotlib
 
-    looks = {row["variant"]: _look(place) for place, row in enumerate(rows)}
+    looks = variant_looks({row["variant"]: row["mode"] for row in rows})
     with matplotlib.rc_context(STYLE):
         figures = {
             "loss": _loss_figure({name: curve for name, curve in curves.items() if curve["tokens"]}, looks, rows),
@@ -98,12 +104,30 @@ def save_figures(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
     return written
 
 
-def _look(place: int) -> dict[str, Any]:
-    """Colour, marker and line style of the variant at that place: no two of the first 56 are alike."""
+def variant_looks(modes: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Colour, marker and line style of each variant; markers and lines alone tell the first 32 apart.
+
+    Args:
+        modes: for each variant its mode. The first of a mode has the mode's colour, others one that no mode here has.
+    """
+    first = {mode: variant for variant, mode in reversed(list(modes.items()))}
+    free = [colour for colour in COLOURS if colour not in {MODE_COLOURS.get(mode) for mode in first}] or [*COLOURS]
+    looks: dict[str, dict[str, Any]] = {}
+    num_others = 0
+    for place, (variant, mode) in enumerate(modes.items()):
+        colour = MODE_COLOURS.get(mode)
+        if colour is None or first[mode] != variant:
+            colour = free[num_others % len(free)]
+            num_others += 1
+        looks[variant] = {"color": colour, **marker_and_line(place)}
+    return looks
+
+
+def marker_and_line(place: int) -> dict[str, Any]:
+    """Marker and line style of the variant at that place: no two of the first 32 are alike."""
     return {
-        "color": COLOURS[place % len(COLOURS)],
         "marker": MARKERS[place % len(MARKERS)],
-        "linestyle": LINES[place % len(LINES)],
+        "linestyle": LINES[(place + place // len(MARKERS)) % len(LINES)],
     }
 
 

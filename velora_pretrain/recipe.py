@@ -128,6 +128,12 @@ BUNDLED_RECIPES = Path(__file__).parent / "bundled_recipes"
 """Where the wheel holds recipes/; a source checkout has them beside the package."""
 
 
+def bundled_recipes() -> dict[str, Path]:
+    """Recipes that come with the tool, by name."""
+    folders = (BUNDLED_RECIPES, Path(__file__).parent.parent / "recipes")
+    return {path.stem: path for folder in folders if folder.is_dir() for path in folder.glob("*.toml")}
+
+
 def find_recipe(name: str) -> Path:
     """The recipe at a path, or a bundled one by its name (`llama_60m`).
 
@@ -136,8 +142,7 @@ def find_recipe(name: str) -> Path:
     """
     if Path(name).is_file():
         return Path(name)
-    folders = (BUNDLED_RECIPES, Path(__file__).parent.parent / "recipes")
-    known = {path.stem: path for folder in folders if folder.is_dir() for path in folder.glob("*.toml")}
+    known = bundled_recipes()
     if name in known:
         return known[name]
     raise UserError(f"--recipe {name}: no such file; {nearest(name, known)}bundled recipes: {', '.join(sorted(known))}")

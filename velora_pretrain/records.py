@@ -4,6 +4,7 @@
       config.toml                     the resolved run
       metrics.jsonl                   one flat record a line, units in the names
       checkpoints/step-00000100/      see `checkpoint.py`
+      samples.jsonl                   continuations at each evaluation, where asked for: step, prompt, continuation
       summary.json                    final figures
       failure.json                    step and reason, where the numbers failed and ended the run
       run.lock                        held by the process that trains here, see `run_lock.py`
@@ -33,6 +34,8 @@ GIB = 2**30
 
 MAX_RECORD_BYTES = 1 << 20
 """Longest line of metrics.jsonl that is read."""
+BLOCK_BYTES = 2**14
+"""Read at once from the end of metrics.jsonl."""
 
 _CHECKPOINT_NAME = re.compile(r"step-(\d{8,})")
 
@@ -109,6 +112,7 @@ class RunFolder:
         self.config = path / "config.toml"
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
+        self.samples = path / "samples.jsonl"
         self.summary = path / "summary.json"
         self.failure = path / "failure.json"
 
@@ -172,19 +176,32 @@ class RunFolder:
         Raises:
             UserError: a whole line is no record.
         """
+        yield from _whole_lines(self.metrics)
+
+    def records_newest_first(self) -> Iterator[dict[str, Any]]:
+        """The whole records of metrics.jsonl from its end, reading no more of it than is asked for."""
         if not self.metrics.exists():
             return
         with self.metrics.open("rb") as file:
-            for number, line in enumerate(iter(lambda: file.readline(MAX_RECORD_BYTES), b""), start=1):
-                if line.endswith(b"\n"):
-                    yield _record(line, f"{self.metrics} line {number}")
-                elif len(line) == MAX_RECORD_BYTES:
-                    raise UserError(f"{self.metrics} line {number}: longer than a record can be; remove the line")
+            end, cut = file.seek(0, os.SEEK_END), b""
+            is_last = True
+            while end > 0:
+                begin = max(0, end - BLOCK_BYTES)
+                file.seek(begin)
+                first, *lines = (file.read(end - begin) + cut).split(b"\n")
+                # What stands before the block's first line end may have begun in the block before.
+                lines, cut, end = ([first, *lines] if begin == 0 else lines), first, begin
+                if is_last and lines:
+                    # Empty, or a line that a crash cut short.
+                    lines.pop()
+                    is_last = False
+                yield from (_record(line, str(self.metrics)) for line in reversed(lines))
 
     def forget_after(self, step: int) -> None:
-        """Drops the records of steps after `step`, which a resumed run does again."""
-        kept = [json.dumps(record, allow_nan=False) for record in self.records() if record["step"] <= step]
-        write_atomically(self.metrics, "".join(f"{line}\n" for line in kept).encode())
+        """Drops the records and samples of steps after `step`, which a resumed run does again."""
+        for path in (self.metrics, *([self.samples] if self.samples.exists() else [])):
+            kept = [json.dumps(record, allow_nan=False) for record in _whole_lines(path) if record["step"] <= step]
+            write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Writes summary.json, whole or not at all, with null for numbers that are not finite."""
@@ -193,6 +210,17 @@ class RunFolder:
     def write_failure(self, step: int, reason: str) -> None:
         """Writes failure.json, whole or not at all: the step at which the numbers failed, and what was not finite."""
         write_atomically(self.failure, (json.dumps({"step": step, "reason": reason}, indent=2) + "\n").encode())
+
+
+def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(MAX_RECORD_BYTES), b""), start=1):
+            if line.endswith(b"\n"):
+                yield _record(line, f"{path} line {number}")
+            elif len(line) == MAX_RECORD_BYTES:
+                raise UserError(f"{path} line {number}: longer than a record can be; remove the line")
 
 
 def _record(line: bytes, place: str) -> dict[str, Any]:

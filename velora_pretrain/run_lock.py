@@ -10,12 +10,14 @@ import fcntl
 import json
 import os
 import platform
+import time
 from pathlib import Path
 from types import TracebackType
 
 from velora_pretrain.errors import UserError
 
 LOCK_FILE = "run.lock"
+ATTEMPTS, SECONDS_BETWEEN_ATTEMPTS = 5, 0.1
 
 
 class RunLock:
@@ -40,14 +42,12 @@ class RunLock:
             descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
             raise UserError(f"{folder}: the run folder cannot be written ({error.strerror})") from None
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _is_locked(descriptor):
             holder = _holder(descriptor)
             os.close(descriptor)
             raise UserError(
                 f"{folder}: {holder} is training in this folder; wait for it, stop it, or give another --run-dir"
-            ) from None
+            )
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "host": platform.node()}).encode(), 0)
         self._descriptor = descriptor
@@ -65,6 +65,18 @@ class RunLock:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release()
+
+
+def _is_locked(descriptor: int) -> bool:
+    """Takes the lock, if it is free within a moment: readers hold it for as long as it takes to see that it is."""
+    for _ in range(ATTEMPTS):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(SECONDS_BETWEEN_ATTEMPTS)
+        else:
+            return True
+    return False
 
 
 def _holder(descriptor: int) -> str:

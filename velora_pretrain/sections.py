@@ -129,6 +129,10 @@ class EvaluationTable(Section):
     """Optimizer steps between evaluations; 0 evaluates only at the end."""
     tokens: PositiveInt = 10_000_000
     """Validation targets to score, in tokens; all of them where the data holds fewer."""
+    samples: NonNegativeInt = 0
+    """Validation documents whose beginnings are continued at each evaluation, into samples.jsonl."""
+    sample_tokens: PositiveInt = 32
+    """Most tokens of such a continuation."""
 
 
 class CheckpointTable(Section):

@@ -26,7 +26,15 @@ from velora_pretrain.records import RunFolder
 from velora_pretrain.run_lock import RunLock
 from velora_pretrain.sharding import predict_per_device
 
-MAY_CHANGE = ("device", "checkpoint.", "compare.", "distributed.", "reading.max_bad_lines", "reading.prefetch_batches")
+MAY_CHANGE = (
+    "device",
+    "checkpoint.",
+    "compare.",
+    "distributed.",
+    "evaluation.sample",
+    "reading.max_bad_lines",
+    "reading.prefetch_batches",
+)
 """Keys, or beginnings of keys, that a resumed run may change: they leave the numbers as they are, to rounding."""
 
 
@@ -115,6 +123,7 @@ def check_sharding(run: Run, num_processes: int) -> None:
             not build_mode(run).moves_rows_alone
         ),
         "optimizer.state_bits = 8 packs moments across rows; set 32": run.optimizer.state_bits == 8,
+        "evaluation.samples continues texts in one process, which has some rows only; set 0": run.evaluation.samples > 0,
         "parameters that are gathered for each pass are not compiled; leave out compile": run.compile,
     }
     for reason, holds in reasons.items():

@@ -28,11 +28,12 @@ from velora_pretrain.checkpoint import WeightsNotFinite, restore
 from velora_pretrain.checkpoint_files import newest_whole
 from velora_pretrain.config import Run
 from velora_pretrain.data.loader import Batch, TrainLoader, evaluation_batches
-from velora_pretrain.devices import WEIGHT_DTYPES, autocast
+from velora_pretrain.devices import WEIGHT_DTYPES, autocast, memory_limit_bytes
 from velora_pretrain.display import Display
 from velora_pretrain.distributed import all_reduce, is_lost_process, meet, start_processes
 from velora_pretrain.errors import UserError
 from velora_pretrain.evaluation import EVALUATION_MICRO_BATCH, EVALUATION_SEQUENCES, evaluate
+from velora_pretrain.generation import SampleLog
 from velora_pretrain.gradients import Gradients, first_not_finite
 from velora_pretrain.measurement import MEASURED_STEP, StepMemory
 from velora_pretrain.modes import build_mode
@@ -134,6 +135,7 @@ class Trainer:
         self.writer = CheckpointWriter(
             run, folder, self.placement, optimizer=self.optimizer, tokenizer=tokenizer, steps=self.done_steps
         )
+        self.samples = SampleLog(folder.samples, run, self.prepared.validation, self.prepared.tokenizer)
         self.signals, self.is_stop_told = StopSignals(), False
 
     def _take_counts(self, state: dict[str, Any]) -> None:
@@ -190,7 +192,9 @@ class Trainer:
 
     def _train(self) -> dict[str, Any]:
         run = self.run
-        self.display.start(name=str(self.folder.path), steps=run.steps, done_steps=self.done_steps)
+        limit = memory_limit_bytes(self.device)
+        name = str(self.folder.path)
+        self.display.start(name=name, steps=run.steps, done_steps=self.done_steps, memory_limit_bytes=limit)
         loader = TrainLoader(
             self.prepared.source,
             self.prepared.tokenizer,
@@ -495,6 +499,7 @@ class Trainer:
         record = score.record(self.done_steps)
         if self.accelerator.is_main_process:
             self.folder.append(record)
+            self.samples.write(self.model, record.step)
         self.evaluated_steps.add(record.step)
         self.display.evaluation(record)
 
