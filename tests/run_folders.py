@@ -34,6 +34,7 @@ def training_record(step: int, *, loss: float | None = None, speed: float = 1000
         tokens_per_second=speed,
         peak_memory_bytes=3 * 2**29,
         data_wait_seconds=0.25,
+        batch_digest=f"{step:016x}",
     )
 
 

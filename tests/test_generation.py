@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from velora_pretrain.generation import PROMPT_TOKENS, choose, continue_tokens, g
 from velora_pretrain.hugging_face import load_llama
 from velora_pretrain.recipe import build_run, resolve
 from velora_pretrain.records import RunFolder
+from velora_pretrain.run_lock import RunLock
 from velora_pretrain.trainer import Trainer
 
 PROMPTS = ["bal cemer", "difo gul", "ki"]
@@ -170,10 +172,12 @@ def test_a_resumed_run_logs_what_the_straight_one_does(tiny_run: Callable[..., A
     changes: dict[str, Any] = {"evaluation__every_steps": 2, "evaluation__samples": 2, "checkpoint__every_steps": 3}
     run = tiny_run(**changes)
     trained(run, tmp_path / "straight")
-    stopped = Trainer(run, RunFolder(tmp_path / "stopped"), resume=False, display=Silent())
+    folder = RunFolder(tmp_path / "stopped")
+    lock = RunLock(folder.path)
+    stopped = Trainer(run, folder, resume=False, display=Silent(), lock=lock)
     step = stopped._step
     stopped._step = lambda loader: step(loader) if stopped.done_steps < 5 else 1 / 0  # pyright: ignore
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(ZeroDivisionError), lock, closing(stopped):
         stopped.train()
     assert [each["step"] for each in samples(tmp_path / "stopped")] == [2, 2, 4, 4]
     # What a run logs may change when it goes on: its numbers do not.

@@ -62,7 +62,7 @@ class TrainingRecord:
     """Time for which this step waited for its batch."""
     zero_moments_share: float | None = None
     """Share of the adapters' moments that are zero after this step has started them anew; only in such a step."""
-    batch_digest: str
+    batch_digest: str = ""
     """Hash of the step's documents as tokens, 16 hex digits: runs that agree in it have read the same."""
     loss_above_median_nats: float | None = None
     """How far the loss stands above the median of the steps before; only where that is a spike."""

@@ -5,12 +5,13 @@ A run folder may be under way, cut off at any moment, or written by hand: whatev
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -192,8 +193,8 @@ def evaluation_record(fields: Mapping[str, Any]) -> EvaluationRecord:
 
 
 def _numbers(fields: Mapping[str, Any], kind: type[TrainingRecord | EvaluationRecord]) -> dict[str, Any]:
-    known = {key: fields.get(key) for key in kind.__dataclass_fields__}
-    return {key: math.nan if value is None else value for key, value in known.items()}
+    absent = {each.name: math.nan if each.default is MISSING else each.default for each in dataclasses.fields(kind)}
+    return {name: value if fields.get(name) is None else fields[name] for name, value in absent.items()}
 
 
 def find_runs(paths: Iterable[Path]) -> list[RunFolder]:

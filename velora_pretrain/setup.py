@@ -123,7 +123,7 @@ def check_sharding(run: Run, num_processes: int) -> None:
             not build_mode(run).moves_rows_alone
         ),
         "optimizer.state_bits = 8 packs moments across rows; set 32": run.optimizer.state_bits == 8,
-        "evaluation.samples continues texts in one process, which has some rows only; set 0": run.evaluation.samples > 0,
+        "evaluation.samples continues texts in one process, which has some rows; set 0": run.evaluation.samples > 0,
         "parameters that are gathered for each pass are not compiled; leave out compile": run.compile,
     }
     for reason, holds in reasons.items():

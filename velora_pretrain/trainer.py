@@ -231,6 +231,8 @@ class Trainer:
                 if is_stopped and not (is_last and self.is_evaluated):
                     raise self._interrupted()
         self.display.finish()
+        # The first process has written its records and its checkpoint, which the others may read.
+        meet(self.accelerator)
         summary = summarise(
             self.prepared,
             self.folder,
