@@ -201,10 +201,43 @@ def test_every_so_many_steps_one_is_kept_for_good(tiny_run: Callable[..., Any], 
 
 def test_what_a_killed_process_has_left_is_removed(tiny_run: Callable[..., Any], tmp_path: Path) -> None:
     trained, folder = Trained(tiny_run()), RunFolder(tmp_path)
-    for name in (".step-00000001.tmp", ".step-00000000.old"):
+    trained.save(folder, step=3)
+    for name in (".step-00000001.tmp", ".step-00000000.gone", ".step-00000003.old"):
         (folder.checkpoints / name / "deep").mkdir(parents=True)
+    trained.save(folder, step=4)
+    assert {path.name for path in folder.checkpoints.iterdir()} == {"step-00000003", "step-00000004"}
+
+
+def test_a_checkpoint_that_is_replaced_is_never_lost(
+    tiny_run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the two renames: the one that was to be replaced gets its name back."""
+    trained, folder = Trained(tiny_run()), RunFolder(tmp_path)
+    path = trained.save(folder)
+    rename = Path.rename
+
+    def killed(self: Path, target: Path) -> Path:
+        if self.name.endswith(".tmp"):
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            trained.save(folder)
+    assert not path.exists()
+    checkpoint_files.recover_replaced(folder)
+    checkpoint_files.verified_state(path)
     trained.save(folder)
-    assert [path.name for path in folder.checkpoints.iterdir()] == ["step-00000002"]
+    assert [each.name for each in folder.checkpoints.iterdir()] == [path.name]
+
+
+def test_a_place_in_the_data_that_was_changed_is_told(tiny_run: Callable[..., Any], tmp_path: Path) -> None:
+    path = Trained(tiny_run()).save(RunFolder(tmp_path))
+    file = path / "training_state.json"
+    file.write_text(file.read_text().replace('"epoch": 1', '"epoch": 2'))
+    with pytest.raises(checkpoint_files.DamagedCheckpoint, match=r"training_state\.json is not what was written"):
+        checkpoint_files.verified_state(path)
 
 
 def test_no_part_of_a_checkpoint_stands_under_its_name_while_it_is_removed(
@@ -215,7 +248,7 @@ def test_no_part_of_a_checkpoint_stands_under_its_name_while_it_is_removed(
     removed: list[str] = []
     monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda path, **_: removed.append(Path(path).name))
     trained.save(folder, step=3, keep_last=1)
-    assert removed == [".step-00000002.old"]
+    assert removed == [".step-00000003.old", ".step-00000002.gone"]
     assert [path.name for path in folder.checkpoints_newest_first()] == ["step-00000003"]
 
 
@@ -224,7 +257,7 @@ def rewritten(path: Path, file: str, tensors: dict[str, torch.Tensor]) -> None:
     save_file(tensors, path / file)
     state = json.loads((path / "training_state.json").read_text())
     state["sha256"][file] = checkpoint_files.sha256_of(path / file)
-    (path / "training_state.json").write_text(json.dumps(state))
+    (path / "training_state.json").write_text(json.dumps(checkpoint_files.signed(state)))
 
 
 @pytest.mark.parametrize(
@@ -237,6 +270,8 @@ def rewritten(path: Path, file: str, tensors: dict[str, torch.Tensor]) -> None:
         ("training_state.safetensors", "optimizer.nobody.exp_avg", (2,), "belongs to no parameter"),
         ("training_state.safetensors", "random.cpu", (1 << 17,), "is no random state"),
         ("training_state.safetensors", "other", (2,), "is no tensor of this model"),
+        ("model.safetensors", "lm_head.weight", (0, 2**41), "has shape"),
+        ("training_state.safetensors", "optimizer.lm_head.weight.exp_avg", (0, 2**41), "is far too large"),
     ],
 )
 def test_a_file_that_holds_something_else_is_refused_before_it_is_read(
@@ -260,6 +295,24 @@ def test_a_file_that_holds_something_else_is_refused_before_it_is_read(
     assert path / file not in read
 
 
+def test_random_states_that_are_none_are_told(tiny_run: Callable[..., Any], tmp_path: Path) -> None:
+    trained = Trained(tiny_run())
+    path = trained.save(RunFolder(tmp_path))
+    file = "training_state.safetensors"
+    rewritten(path, file, load_file(path / file) | {"random.cpu": torch.zeros(7, dtype=torch.uint8)})
+    with pytest.raises(UserError, match="its random states are none"):
+        checkpoint.restore(path, model=trained.model, optimizer=trained.optimizer)
+
+
+def test_formats_of_tensors_that_nothing_writes_are_refused(tiny_run: Callable[..., Any], tmp_path: Path) -> None:
+    trained = Trained(tiny_run())
+    path = trained.save(RunFolder(tmp_path))
+    tensors = load_file(path / "model.safetensors")
+    rewritten(path, "model.safetensors", tensors | {"lm_head.weight": tensors["lm_head.weight"].to(torch.float8_e5m2)})
+    with pytest.raises(UserError, match=r"lm_head\.weight has the format F8_E5M2"):
+        checkpoint.restore(path, model=trained.model, optimizer=trained.optimizer)
+
+
 @pytest.mark.parametrize("name", ["lm_head.weight", "random.cpu"])
 def test_a_tensor_that_is_missing_is_named(tiny_run: Callable[..., Any], tmp_path: Path, name: str) -> None:
     trained = Trained(tiny_run())
@@ -280,6 +333,8 @@ def test_a_tensor_that_is_missing_is_named(tiny_run: Callable[..., Any], tmp_pat
         ({"step": 3}, "cannot be those of step-00000002"),
         ({"tokens": -1}, "cannot be those of"),
         ({"cursor": [0]}, "cursor is"),
+        ({"seconds": "long"}, "seconds is 'long'"),
+        ({"rollbacks": -1}, "rollbacks is -1"),
         ({"padding": "x" * (1 << 24)}, "larger than"),
     ],
 )
@@ -288,7 +343,7 @@ def test_a_state_that_says_what_it_cannot_is_damaged(
 ) -> None:
     path = Trained(tiny_run()).save(RunFolder(tmp_path))
     file = path / "training_state.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    file.write_text(json.dumps(checkpoint_files.signed(json.loads(file.read_text()) | change)))
     with pytest.raises(checkpoint_files.DamagedCheckpoint, match=message):
         checkpoint_files.verified_state(path)
 

@@ -9,6 +9,7 @@ import launches
 import pytest
 
 from velora_pretrain.config import MODES
+from velora_pretrain.run_lock import RunLock
 
 EXACT = ("full", "velora")
 """Modes whose step is smooth in the gradient: they agree to the rounding of sums."""
@@ -103,3 +104,17 @@ def test_processes_that_cannot_share_the_batch_are_told(tiny_recipe: Callable[..
     refused = launches.torchrun(2, "train", "--recipe", str(recipe), "--run-dir", str(tmp_path / "run"))
     assert refused.returncode != 0
     assert "batch.sequences: 9 sequences cannot be shared evenly by 2 processes" in refused.stderr
+
+
+def test_a_start_that_one_process_refuses_is_told_without_a_traceback(
+    tiny_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe, folder = tiny_recipe(checkpoint__every_steps=3), tmp_path / "run"
+    launches.train(recipe, folder)
+    with RunLock(folder) as lock:
+        lock.take()
+        refused = launches.torchrun(2, "train", "--resume", "--run-dir", str(folder))
+    assert refused.returncode != 0
+    assert "is training in this folder" in refused.stderr
+    assert "error: another process ended, or cannot be reached, before the run began" in refused.stderr
+    assert "velora_pretrain/trainer.py" not in refused.stderr

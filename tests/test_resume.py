@@ -167,7 +167,11 @@ def test_killed_at_random_moments(tiny_recipe: Callable[..., Path], tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("place", "number"),
-    [("Trainer._backward", signal.SIGINT), ("Trainer._backward", signal.SIGTERM), ("evaluate", signal.SIGINT)],
+    [
+        ("trainer.Trainer._backward", signal.SIGINT),
+        ("trainer.Trainer._backward", signal.SIGTERM),
+        ("validation.evaluate", signal.SIGINT),
+    ],
 )
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
     tiny_recipe: Callable[..., Path], tmp_path: Path, place: str, number: signal.Signals
@@ -178,13 +182,13 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
     folder = tmp_path / "stopped"
     code = (
         "import os, sys\n"
-        "from velora_pretrain import cli, trainer\n"
-        f"original, calls = trainer.{place}, []\n"
+        "from velora_pretrain import cli, trainer, validation\n"
+        f"original, calls = {place}, []\n"
         "def signalled(*args, **kwargs):\n"
         "    calls.append(1)\n"
-        f"    if len(calls) == {3 if place == 'Trainer._backward' else 1}: os.kill(os.getpid(), {int(number)})\n"
+        f"    if len(calls) == {3 if place.endswith('_backward') else 1}: os.kill(os.getpid(), {int(number)})\n"
         "    return original(*args, **kwargs)\n"
-        f"trainer.{place} = signalled\n"
+        f"{place} = signalled\n"
         "cli.main()\n"
     )
     stopped = subprocess.run(

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -433,6 +434,82 @@ def test_a_run_whose_numbers_fail_again_and_again_ends(
             with pytest.raises(UserError, match=message):
                 trained(run, tmp_path / kind)
     assert records(tmp_path / "skip", "skipped_steps")[-1] == FAILURES_IN_A_ROW
+
+
+def test_a_step_that_always_fails_is_not_gone_back_from_for_ever(
+    tiny_run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The steps between the checkpoint and it are taken every time."""
+    backward = Trainer._backward
+
+    def poisoned(self: Trainer, *args: Any) -> float:
+        nats = backward(self, *args)
+        return math.nan if self.done_steps == 3 else nats
+
+    monkeypatch.setattr(Trainer, "_backward", poisoned)
+    run = tiny_run(optimizer__not_finite="rollback", checkpoint__every_steps=2)
+    with pytest.raises(UserError, match=rf"step 4: .*for the {FAILURES_IN_A_ROW + 1}th time in a row"):
+        trained(run, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"modes__velora__init": "running_average"},
+        {"modes__velora__refresh_every": 1, "modes__velora__refresh_moments": "reproject"},
+        {"mode": "lora", "modes__lora__restart_every": 2},
+    ],
+)
+def test_a_run_that_skipped_a_step_is_resumed_bitwise(
+    tiny_run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    settings = {"mode": "velora", "optimizer__not_finite": "skip", "checkpoint__every_steps": 2, **changes}
+    run = tiny_run(**settings, checkpoint__keep_last=3)
+    for skipped in (1, 2):
+        folder = tmp_path / str(skipped)
+        with monkeypatch.context() as patch:
+            failing_in({skipped}, patch)
+            trained(run, folder)
+        straight = weights(folder)
+        for step in (4, 6):
+            shutil.rmtree(RunFolder(folder).checkpoint(step))
+        trained(run, folder, resume=True)
+        assert records(folder, "skipped_steps")[-1] == 1
+        for name, tensor in weights(folder).items():
+            assert torch.equal(straight[name], tensor), (skipped, name)
+
+
+def test_weights_that_go_bad_at_a_checkpoint_are_gone_back_from(
+    tiny_run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, tried = AdamW.step, 0
+
+    def poisoned(self: Any, *args: Any, **kwargs: Any) -> None:
+        nonlocal tried
+        tried += 1
+        step(self, *args, **kwargs)
+        if tried == 4:
+            self.param_groups[0]["params"][0].data[0] = torch.inf
+
+    monkeypatch.setattr("velora_pretrain.optim.adamw.AdamW.step", poisoned)
+    summary = trained(tiny_run(optimizer__not_finite="rollback", checkpoint__every_steps=2), tmp_path)
+    assert (summary["steps"], summary["rollbacks"]) == (6, 1)
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_a_checkpoint_of_bad_weights_says_so_in_the_folder(
+    tiny_run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, background: bool
+) -> None:
+    step = AdamW.step
+
+    def poisoned(self: Any, *args: Any, **kwargs: Any) -> None:
+        step(self, *args, **kwargs)
+        self.param_groups[0]["params"][0].data[0] = torch.inf
+
+    monkeypatch.setattr("velora_pretrain.optim.adamw.AdamW.step", poisoned)
+    with pytest.raises(UserError):
+        trained(tiny_run(checkpoint__every_steps=1, checkpoint__background=background), tmp_path)
+    assert json.loads(RunFolder(tmp_path).failure.read_text())["step"] in (1, 2)
 
 
 def test_there_is_no_way_back_before_the_first_checkpoint(

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from velora_pretrain import checkpoint, cli, trainer
+from velora_pretrain import checkpoint, cli, trainer, validation
 from velora_pretrain.data import c4, remote
 from velora_pretrain.display import LogDisplay
 from velora_pretrain.nn.llama import Llama
@@ -35,7 +35,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "between micro-batches": (LogDisplay, "micro_batch"),
     "optimizer": (AdamW, "_move"),
     "recording": (trainer.RunFolder, "append"),
-    "evaluation": (trainer, "evaluate"),
+    "evaluation": (validation, "evaluate"),
     "writing weights": (checkpoint, "save_file"),
     "bringing to disk": (checkpoint, "_to_disk"),
     "removing old": (checkpoint.RunFolder, "checkpoints_newest_first"),

@@ -13,6 +13,7 @@ and sizes is held against the model before anything is read by it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -35,7 +36,9 @@ from velora_pretrain.checkpoint_files import (
     WEIGHTS,
     read_tensors,
     reason_of,
+    recover_replaced,
     sha256_of,
+    signed,
     tensor_shapes,
 )
 from velora_pretrain.dimensions import LlamaConfig
@@ -45,6 +48,8 @@ from velora_pretrain.records import RunFolder, step_of
 
 Shape = tuple[int, ...]
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+MAX_ELEMENTS = 1 << 40
+"""Elements that no tensor of a model has."""
 MAX_RANDOM_STATE_ELEMENTS = 1 << 16
 """Largest random state that is read; PyTorch's are some thousand bytes."""
 MAX_STATE_OVERHEAD_ELEMENTS = 1 << 16
@@ -53,6 +58,11 @@ MAX_STATE_OVERHEAD_ELEMENTS = 1 << 16
 
 class WeightsNotFinite(UserError):
     """A model whose numbers failed is not saved."""
+
+    def __init__(self, message: str, *, step: int) -> None:
+        super().__init__(message)
+        self.step = step
+        """Optimizer steps after which it should have been."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +156,8 @@ def write(
     temporary = target.with_name(f".{target.name}.tmp")
     bad = next((name for name, tensor in snapshot.weights.items() if not tensor.isfinite().all()), None)
     if bad:
-        raise WeightsNotFinite(f"step {step}: {bad} is not finite, so no checkpoint is written; earlier ones are whole")
+        message = f"step {step}: {bad} is not finite, so no checkpoint is written; earlier ones are whole"
+        raise WeightsNotFinite(message, step=step)
     try:
         _remove_leftovers(folder)
         temporary.mkdir(parents=True)
@@ -155,16 +166,19 @@ def write(
         (temporary / CONFIG).write_text(json.dumps(snapshot.config, indent=2) + "\n")
         save_tokenizer(temporary)
         hashes = {path.name: sha256_of(path) for path in sorted(temporary.iterdir())}
-        state = {"step": step, **snapshot.progress, "sha256": hashes}
+        state = signed({"step": step, **snapshot.progress, "sha256": hashes})
         (temporary / STATE_FILE).write_text(json.dumps(state) + "\n")
         for path in temporary.iterdir():
             _to_disk(path)
         _to_disk(temporary)
         # The records up to this step are to outlive a power cut as surely as the checkpoint does.
         folder.sync_metrics()
-        _remove(target)
+        replaced = target.with_name(f".{target.name}.old")
+        with contextlib.suppress(FileNotFoundError):
+            target.rename(replaced)
         temporary.rename(target)
         _to_disk(target.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
@@ -174,23 +188,23 @@ def write(
     others = [path for path in folder.checkpoints_newest_first() if path != target]
     for old in others[keep_last - 1 :]:
         if not (keep_every_steps and step_of(old) % keep_every_steps == 0):
-            _remove(old)
+            # The checkpoint is whole; one that cannot be removed is no reason to end a run.
+            with contextlib.suppress(OSError):
+                _remove(old)
     return target
 
 
 def _remove(checkpoint: Path) -> None:
-    """Removes a checkpoint, if it is there; at no moment does a part of it stand under its name."""
-    leftover = checkpoint.with_name(f".{checkpoint.name}.old")
-    try:
-        checkpoint.rename(leftover)
-    except FileNotFoundError:
-        return
+    """Removes a checkpoint; at no moment does a part of it stand under its name."""
+    leftover = checkpoint.with_name(f".{checkpoint.name}.gone")
+    checkpoint.rename(leftover)
     shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _remove_leftovers(folder: RunFolder) -> None:
     """Removes what a process that was killed while writing or removing has left."""
-    for pattern in (".step-*.tmp", ".step-*.old"):
+    recover_replaced(folder)
+    for pattern in (".step-*.tmp", ".step-*.old", ".step-*.gone"):
         for path in folder.checkpoints.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
 
@@ -209,8 +223,12 @@ def restore(path: Path, *, model: nn.Module, optimizer: Optimizer, part: Cut = u
     """
     parameters, expected = dict(model.named_parameters()), model.state_dict()
 
+    def part_shape(name: str, shape: Shape) -> Shape:
+        is_far_too_large = math.prod(max(1, size) for size in shape) > MAX_ELEMENTS
+        return shape if is_far_too_large or not shape else tuple(part(name, torch.empty(shape, device="meta")).shape)
+
     def part_fault(name: str, shape: Shape) -> str | None:
-        return shape_fault(expected, name, tuple(part(name, torch.empty(shape, device="meta")).shape))
+        return shape_fault(expected, name, part_shape(name, shape))
 
     def fault(name: str, shape: Shape) -> str | None:
         kind, _, rest = name.partition(".")
@@ -219,8 +237,7 @@ def restore(path: Path, *, model: nn.Module, optimizer: Optimizer, part: Cut = u
             return None if rest in ("cpu", "cuda") and is_small else "is no random state"
         if kind == "optimizer":
             owner = rest.rpartition(".")[0]
-            mine = part(owner, torch.empty(shape, device="meta")) if shape else torch.empty((), device="meta")
-            return _optimizer_fault(parameters.get(owner), tuple(mine.shape))
+            return _optimizer_fault(parameters.get(owner), part_shape(owner, shape))
         return part_fault(rest, shape)
 
     tensors = _read_checked(path / STATE_TENSORS, fault)
@@ -240,9 +257,12 @@ def restore(path: Path, *, model: nn.Module, optimizer: Optimizer, part: Cut = u
             is_number = tensor.dtype == torch.int64 and tensor.ndim == 0
             mine = part(parameter_name, tensor)
             optimizer.state[parameter][key] = int(tensor) if is_number else mine.to(parameter.device, copy=True)
-    torch.set_rng_state(tensors["random.cpu"])
-    if "random.cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["random.cuda"])
+    try:
+        torch.set_rng_state(tensors["random.cpu"])
+        if "random.cuda" in tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(tensors["random.cuda"])
+    except (RuntimeError, TypeError) as error:
+        raise UserError(f"{path / STATE_TENSORS}: its random states are none ({reason_of(error)})") from None
 
 
 def shape_fault(expected: Mapping[str, Tensor], name: str, shape: Shape) -> str | None:
@@ -268,6 +288,8 @@ def _optimizer_fault(parameter: Tensor | None, shape: Shape) -> str | None:
     if parameter is None:
         return "belongs to no parameter of this model"
     bound = 2 * parameter.numel() + MAX_STATE_OVERHEAD_ELEMENTS
+    if math.prod(max(1, size) for size in shape) > MAX_ELEMENTS:
+        return f"has shape {shape}, which is far too large"
     return None if math.prod(shape) <= bound else f"has shape {shape}, far more than its parameter"
 
 
@@ -284,8 +306,9 @@ def split_state(
         if name in plain:
             weights[name] = keep(name, here)
         else:
+            kept = keep(f"model.{name}", here)
             # Layers share tensors of the mode's own, which safetensors would refuse.
-            own[f"model.{name}"] = keep(f"model.{name}", here.clone())
+            own[f"model.{name}"] = kept.clone() if kept.data_ptr() == here.data_ptr() else kept
     return {name: weights[name] for name in plain}, own
 
 

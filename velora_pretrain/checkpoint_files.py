@@ -26,6 +26,10 @@ STATE_FILE, STATE_TENSORS, WEIGHTS, CONFIG = (
     "model.safetensors",
     "config.json",
 )
+SIGNATURE = "state_sha256"
+"""Key of training_state.json with the hash of the rest of it."""
+DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"}
+"""Formats of tensors that are read."""
 MAX_JSON_BYTES = 1 << 24
 """Largest JSON file of a checkpoint that is read."""
 
@@ -47,6 +51,14 @@ def newest_whole(folder: RunFolder, warn: Callable[[str], None]) -> tuple[Path, 
         except DamagedCheckpoint as damage:
             warn(f"{path} is damaged ({damage}) and is not used")
     return None
+
+
+def recover_replaced(folder: RunFolder) -> None:
+    """Gives back its name to a checkpoint that was about to be replaced when the process was killed."""
+    for path in folder.checkpoints.glob(".step-*.old"):
+        replaced = path.with_name(path.name.removeprefix(".").removesuffix(".old"))
+        if not replaced.exists():
+            path.rename(replaced)
 
 
 def set_aside_newer(folder: RunFolder, than: Path | None) -> None:
@@ -71,6 +83,8 @@ def verified_state(path: Path) -> dict[str, Any]:
     fault = _state_fault(state, path)
     if fault:
         raise DamagedCheckpoint(f"{STATE_FILE}: {fault}")
+    if signed(state)[SIGNATURE] != state.get(SIGNATURE):
+        raise DamagedCheckpoint(f"{STATE_FILE} is not what was written")
     for name, sha256 in state["sha256"].items():
         file = path / name
         if not file.is_file():
@@ -78,6 +92,12 @@ def verified_state(path: Path) -> dict[str, Any]:
         if sha256_of(file) != sha256:
             raise DamagedCheckpoint(f"{name} is not what was written")
     return state
+
+
+def signed(state: dict[str, Any]) -> dict[str, Any]:
+    """The state with the SHA-256 of the rest of it, which tells damage, not ill will."""
+    rest = {key: value for key, value in state.items() if key != SIGNATURE}
+    return {**rest, SIGNATURE: hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
 
 
 def _state_fault(state: dict[str, Any], path: Path) -> str | None:
@@ -94,6 +114,9 @@ def _state_fault(state: dict[str, Any], path: Path) -> str | None:
     for key, kinds in {"step": (int,), "tokens": (int,), "cursor": (dict, type(None))}.items():
         if type(state.get(key)) not in kinds:
             return f"{key} is {state.get(key)!r}"
+    for key in ("seconds", "skipped_steps", "rollbacks"):
+        if not isinstance(state.get(key, 0), int | float) or state.get(key, 0) < 0:
+            return f"{key} is {state[key]!r}"
     number = path.name.removeprefix("step-")
     if min(state["step"], state["tokens"]) < 0 or (number.isdigit() and int(number) != state["step"]):
         return f"step {state['step']}, tokens {state['tokens']} cannot be those of {path.name}"
@@ -127,7 +150,11 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         UserError: the file is cut short or no safetensors file.
     """
     with _opened(path) as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        for name, tensor in slices.items():
+            if tensor.get_dtype() not in DTYPES:
+                raise UserError(f"{path}: {name} has the format {tensor.get_dtype()}, which is not read here")
+        return {name: tuple(tensor.get_shape()) for name, tensor in slices.items()}
 
 
 def read_tensors(path: Path, names: Iterable[str]) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ from velora_pretrain.errors import UserError
 from velora_pretrain.evaluation import find_checkpoint
 from velora_pretrain.hugging_face import load_llama
 from velora_pretrain.nn.llama import Llama
+from velora_pretrain.records import write_atomically
 
 PROMPT_TOKENS = 16
 """Tokens of a validation document that a logged continuation begins with, of a shorter document half."""
@@ -151,7 +152,7 @@ class SampleLog:
         self._prompts: list[list[int]] | None = None
 
     def write(self, model: Llama, step: int) -> None:
-        """Appends a line for each prompt: `step`, `prompt`, `continuation`; the same model and step give the same.
+        """Adds a line for each prompt: `step`, `prompt`, `continuation`; the same model and step give the same.
 
         Args:
             model: as it is after `step` optimizer steps.
@@ -163,23 +164,31 @@ class SampleLog:
         if self._prompts is None:
             self._prompts = self._beginnings(count)
         generator = torch.Generator().manual_seed((self._run.seed + step) % 2**63)
-        with self._path.open("a", encoding="utf-8") as file:
-            for prompt in self._prompts:
-                new = continue_tokens(
-                    model,
-                    prompt,
-                    max_new_tokens=self._run.evaluation.sample_tokens,
-                    eos_id=self._tokenizer.eos_id,
-                    temperature=SAMPLE_TEMPERATURE,
-                    top_k=SAMPLE_TOP_K,
-                    generator=generator,
-                    precision=self._run.precision,
-                )
-                # Where the prompt ends within a character, that belongs to the continuation.
-                before = self._tokenizer.decode(prompt).rstrip("\N{REPLACEMENT CHARACTER}")
-                text = self._tokenizer.decode([*prompt, *new])
-                sample = {"step": step, "prompt": before, "continuation": text.removeprefix(before)}
-                file.write(json.dumps(sample) + "\n")
+        lines = self._lines_before(step)
+        for prompt in self._prompts:
+            new = continue_tokens(
+                model,
+                prompt,
+                max_new_tokens=self._run.evaluation.sample_tokens,
+                eos_id=self._tokenizer.eos_id,
+                temperature=SAMPLE_TEMPERATURE,
+                top_k=SAMPLE_TOP_K,
+                generator=generator,
+                precision=self._run.precision,
+            )
+            # Where the prompt ends within a character, that belongs to the continuation.
+            before = self._tokenizer.decode(prompt).rstrip("\N{REPLACEMENT CHARACTER}")
+            text = self._tokenizer.decode([*prompt, *new])
+            sample = {"step": step, "prompt": before, "continuation": text.removeprefix(before)}
+            lines.append(json.dumps(sample) + "\n")
+        write_atomically(self._path, "".join(lines).encode())
+
+    def _lines_before(self, step: int) -> list[str]:
+        """The lines of earlier steps: an evaluation that was cut off is done again."""
+        if not self._path.exists():
+            return []
+        lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+        return [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step]
 
     def _beginnings(self, count: int) -> list[list[int]]:
         batches = evaluation_batches(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from velora_pretrain.config import Run
 from velora_pretrain.dimensions import PROJECTIONS, Projection
-from velora_pretrain.nn.direction import directions_of, move_running_averages, take_directions
+from velora_pretrain.nn.direction import directions_of, forget_seen, move_running_averages, take_directions
 from velora_pretrain.nn.lora import adapt_linears, adapter_parameters, merge_and_restart
 from velora_pretrain.nn.velora import VeLoRALinear, compress_linears, default_num_groups, keepers_of_inputs
 from velora_pretrain.optim.adamw import AdamW, Factored, Rule
@@ -72,6 +72,9 @@ class Method:
     def after_step(self, model: nn.Module, optimizer: AdamW, step: int) -> dict[str, float]:
         """Called after the optimizer has taken `step`; what it gives is kept in the step's record."""
         return {}
+
+    def after_skipped_step(self, model: nn.Module, optimizer: AdamW, step: int) -> None:
+        """Called in its place where the numbers of `step` were not finite, and nothing has moved."""
 
     def memory_notes(self) -> list[str]:
         """What a reader of a memory table should know: whatever looks like a saving and is none."""
@@ -155,6 +158,11 @@ class LoRA(Method):
         merge_and_restart(model, seed=self.run.seed, step=step)
         share = reset_moments(optimizer, adapter_parameters(model), self.settings.reset_share)
         return {"zero_moments_share": share}
+
+    def after_skipped_step(self, model: nn.Module, optimizer: AdamW, step: int) -> None:
+        """Restarts all the same, as the learning rate's course does."""
+        if any(optimizer.state.get(parameter) for parameter in adapter_parameters(model)):
+            self.after_step(model, optimizer, step)
 
     def options(self) -> dict[str, Any]:
         """Rank, and what was set."""
@@ -259,7 +267,7 @@ class VeLoRA(Method):
         """What becomes of a layer's moments when its direction has turned by the angle of `cosine`."""
         if self.settings.refresh_moments == "reset":
             state.clear()
-        elif self.settings.refresh_moments == "reproject":
+        elif self.settings.refresh_moments == "reproject" and state:
             # The first moment is a vector of the old direction: what is left of it along the new one. The second is
             # a size, and the new coefficients are of about the same.
             m = load_moment(state, "exp_avg", state["exp_avg"])
@@ -269,6 +277,10 @@ class VeLoRA(Method):
         """Moves running averages by what this step's batch has shown."""
         move_running_averages(model)
         return {}
+
+    def after_skipped_step(self, model: nn.Module, optimizer: AdamW, step: int) -> None:
+        """Forgets what its batch has shown."""
+        forget_seen(model)
 
     def memory_notes(self) -> list[str]:
         """Names the layers whose input somebody else keeps."""
@@ -348,6 +360,11 @@ class Mode:
     def after_step(self, model: nn.Module, optimizer: AdamW, step: int) -> dict[str, float]:
         """See `Method`."""
         return {key: value for m in self.methods for key, value in m.after_step(model, optimizer, step).items()}
+
+    def after_skipped_step(self, model: nn.Module, optimizer: AdamW, step: int) -> None:
+        """See `Method`."""
+        for method in self.methods:
+            method.after_skipped_step(model, optimizer, step)
 
     def periods(self) -> dict[str, int]:
         """Steps after which some work is done once, by the dotted key of the setting that says so."""

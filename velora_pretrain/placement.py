@@ -80,6 +80,9 @@ class Placement:
         """A sum over the parameters of `own`, summed over all that hold other parts."""
         return value
 
+    def meet(self) -> None:
+        """Waits for all that hold other parts, however long that may be."""
+
     def passes(self, count: int) -> int:
         """How many forward passes this process takes part in where it has inputs for `count`."""
         return count

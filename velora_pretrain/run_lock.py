@@ -6,6 +6,7 @@ between machines where their file system passes locks on, as NFS does. No torch 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -42,15 +43,22 @@ class RunLock:
             descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
             raise UserError(f"{folder}: the run folder cannot be written ({error.strerror})") from None
-        if not _is_locked(descriptor):
+        try:
+            is_locked = _is_locked(descriptor)
+        except OSError as error:
+            os.close(descriptor)
+            raise UserError(f"{folder}: its file system has no locks ({error.strerror})") from None
+        if not is_locked:
             holder = _holder(descriptor)
             os.close(descriptor)
             raise UserError(
                 f"{folder}: {holder} is training in this folder; wait for it, stop it, or give another --run-dir"
             )
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "host": platform.node()}).encode(), 0)
         self._descriptor = descriptor
+        # For the message alone: a full disk is told by whoever writes what matters.
+        with contextlib.suppress(OSError):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "host": platform.node()}).encode(), 0)
 
     def release(self) -> None:
         """Gives the lock back; harmless when repeated."""

@@ -6,6 +6,7 @@ From a GPU the copy goes through pinned memory and in the order of the stream, s
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,12 +16,14 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from velora_pretrain.checkpoint import Keep, Snapshot, as_it_is, take_snapshot, write
+from velora_pretrain.checkpoint import Keep, Snapshot, WeightsNotFinite, as_it_is, take_snapshot, write
 from velora_pretrain.config import Run
 from velora_pretrain.data.tokenizer import Tokenizer
 from velora_pretrain.placement import Placement
 from velora_pretrain.prediction import free_memory_bytes
 from velora_pretrain.records import RunFolder
+
+logger = logging.getLogger(__name__)
 
 COPY_SHARE = 0.5
 """Share of the host's free memory that the copy of a checkpoint may take."""
@@ -43,7 +46,7 @@ class CopyRoom:
         buffer = self._buffers.get(name)
         if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
             buffer = self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-        return buffer.copy_(tensor, non_blocking=True)
+        return buffer.copy_(tensor, non_blocking=tensor.is_cuda)
 
 
 class CheckpointWriter:
@@ -92,8 +95,15 @@ class CheckpointWriter:
             return
         self._room = CopyRoom()
         if not self._placement.is_sharded:
-            snapshot = self._snapshot(0, {}, keep=lambda name, tensor: tensor)
-            self._pending = self._thread.submit(self._room.make, snapshot, is_pinned=self._device.type == "cuda")
+            snapshot = self._snapshot(0, {}, keep=lambda name, tensor: tensor.new_empty(tensor.shape, device="meta"))
+            self._pending = self._thread.submit(self._make_room, self._room, snapshot)
+
+    def _make_room(self, room: CopyRoom, snapshot: Snapshot) -> None:
+        try:
+            room.make(snapshot, is_pinned=self._device.type == "cuda")
+        except (MemoryError, RuntimeError) as error:
+            logger.warning("no memory for copies of checkpoints, so training waits for each (%s)", error)
+            self._room = None
 
     def _has_memory(self) -> bool:
         # Weights and two moments, all in 32 bits: what most modes keep, and some of them less.
@@ -116,12 +126,14 @@ class CheckpointWriter:
         if beside_training:
             self.prepare()
             self.wait()
+        # The others wait here for one that is still being written, not within the gathering.
+        self._placement.meet()
         if not self._placement.is_first:
             if self._placement.is_sharded:
                 self._snapshot(step, progress, keep=lambda name, tensor: tensor.new_empty(0))
         elif beside_training and self._room is not None:
             snapshot = self._snapshot(step, progress, keep=self._room.keep)
-            self._pending = self._thread.submit(self._write, snapshot, when=self._copied())
+            self._pending = self._thread.submit(self._write_beside, snapshot, self._copied())
         else:
             self._write(self._snapshot(step, progress, keep=as_it_is))
         self._saved_seconds, self.steps = time.monotonic(), step
@@ -161,8 +173,17 @@ class CheckpointWriter:
         event.record()
         return event.synchronize
 
-    def _write(self, snapshot: Snapshot, when: Callable[[], None] = lambda: None) -> None:
-        when()
+    def _write_beside(self, snapshot: Snapshot, is_copied: Callable[[], None]) -> None:
+        is_copied()
+        try:
+            self._write(snapshot)
+        except WeightsNotFinite as error:
+            # The next loss says the same, and takes the run back to an earlier checkpoint.
+            if self._run.optimizer.not_finite != "rollback":
+                raise
+            logger.warning("%s", error)
+
+    def _write(self, snapshot: Snapshot) -> None:
         settings = self._run.checkpoint
         write(
             self._folder,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,13 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from velora_pretrain.checkpoint_files import newest_whole, set_aside_newer
+from velora_pretrain.checkpoint_files import (
+    DamagedCheckpoint,
+    newest_whole,
+    recover_replaced,
+    set_aside_newer,
+    verified_state,
+)
 from velora_pretrain.config import Run
 from velora_pretrain.data.c4 import Source, resolve
 from velora_pretrain.data.loader import evaluation_batches
@@ -91,8 +98,7 @@ def prepare(
     check_vocabulary(tokenizer, run.llama.vocab_size)
     _check_validation(run, validation, tokenizer)
     run = _with_micro_batch(run, accelerator)
-    found = newest_whole(folder, display.warn) if resume else None
-    path, state = found if found else (None, {})
+    path, state = agreed_checkpoint(folder, accelerator, display.warn) if resume else (None, {})
     if resume and path is None:
         display.note(f"{folder.path}: no whole checkpoint yet, starting from the beginning")
     # Every process has looked at the folder before the first one changes it.
@@ -109,6 +115,28 @@ def prepare(
         except OSError as error:
             raise UserError(f"{folder.path}: the run folder cannot be written ({error.strerror})") from None
     return Prepared(run=run, tokenizer=tokenizer, source=source, validation=validation, checkpoint=path, state=state)
+
+
+def agreed_checkpoint(
+    folder: RunFolder, accelerator: Accelerator, warn: Callable[[str], None]
+) -> tuple[Path | None, dict[str, Any]]:
+    """The newest whole checkpoint and its state, the same on every process: the first one chooses.
+
+    Raises:
+        UserError: another process does not find what the first has found.
+    """
+    found = None
+    if accelerator.is_main_process:
+        recover_replaced(folder)
+        found = newest_whole(folder, warn)
+    name = of_first_process(accelerator, found and found[0].name)
+    if found is not None or name is None:
+        return found or (None, {})
+    path = folder.checkpoints / name
+    try:
+        return path, verified_state(path)
+    except DamagedCheckpoint as damage:
+        raise UserError(f"{path}: another process reads it whole, this one does not ({damage})") from None
 
 
 def check_sharding(run: Run, num_processes: int) -> None:

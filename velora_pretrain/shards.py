@@ -26,7 +26,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard
 
-from velora_pretrain.distributed import all_reduce, largest
+from velora_pretrain.distributed import all_reduce, largest, meet
 from velora_pretrain.errors import UserError
 from velora_pretrain.nn.llama import Llama
 from velora_pretrain.placement import Placement, ReducedBytes, Replicas
@@ -121,6 +121,10 @@ class Shards(Placement):
     def total(self, value: Tensor) -> Tensor:
         """See `Placement`."""
         return all_reduce(self._accelerator, value.cpu()).to(value.device)
+
+    def meet(self) -> None:
+        """See `Placement`."""
+        meet(self._accelerator)
 
     def passes(self, count: int) -> int:
         """As many as the process with the most: each gathers parameters from all."""

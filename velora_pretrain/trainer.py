@@ -16,7 +16,7 @@ import math
 import shlex
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,30 +25,32 @@ import torch
 from torch import Tensor
 
 from velora_pretrain.checkpoint import WeightsNotFinite, restore
-from velora_pretrain.checkpoint_files import newest_whole
+from velora_pretrain.checkpoint_files import set_aside_newer
 from velora_pretrain.config import Run
-from velora_pretrain.data.loader import Batch, TrainLoader, evaluation_batches
+from velora_pretrain.data.loader import Batch, TrainLoader
 from velora_pretrain.devices import WEIGHT_DTYPES, autocast, memory_limit_bytes
 from velora_pretrain.display import Display
 from velora_pretrain.distributed import all_reduce, is_lost_process, meet, start_processes
 from velora_pretrain.errors import UserError
-from velora_pretrain.evaluation import EVALUATION_MICRO_BATCH, EVALUATION_SEQUENCES, evaluate
-from velora_pretrain.generation import SampleLog
 from velora_pretrain.gradients import Gradients, first_not_finite
 from velora_pretrain.measurement import MEASURED_STEP, StepMemory
 from velora_pretrain.modes import build_mode
 from velora_pretrain.nn.llama import Llama
 from velora_pretrain.optim.schedule import lr_multiplier
+from velora_pretrain.progress import Progress
 from velora_pretrain.records import RunFolder, TrainingRecord
 from velora_pretrain.run_lock import RunLock
 from velora_pretrain.saving import CheckpointWriter
-from velora_pretrain.setup import prepare
+from velora_pretrain.setup import agreed_checkpoint, prepare
 from velora_pretrain.shards import placed
 from velora_pretrain.signals import Interrupted, LeaveStep, StopSignals, ignore_termination
-from velora_pretrain.spikes import LossSpikes
 from velora_pretrain.summary import summarise
+from velora_pretrain.validation import Validation
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+DISK_ERRORS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.EIO, errno.ENOENT, errno.ESTALE, errno.EMFILE),
+)
 """What the disk, not the program, does wrong."""
 FAILURES_IN_A_ROW = 10
 """Steps whose numbers may fail one after the other, where they are skipped or gone back on, before the run ends."""
@@ -72,8 +74,16 @@ def train(run: Run, folder: RunFolder, *, resume: bool, display: Display) -> dic
         UserError: what was asked for cannot be done, or the numbers failed; nothing that was saved is lost.
         Interrupted: a signal ended the run; a checkpoint was written.
     """
-    with RunLock(folder.path) as lock, closing(Trainer(run, folder, resume=resume, display=display, lock=lock)) as it:
-        return it.train()
+    with RunLock(folder.path) as lock:
+        try:
+            trainer = Trainer(run, folder, resume=resume, display=display, lock=lock)
+        except RuntimeError as error:
+            if not is_lost_process(error):
+                raise
+            ignore_termination()
+            raise ConnectionError("another process ended, or cannot be reached, before the run began") from error
+        with closing(trainer):
+            return trainer.train()
 
 
 class _EvaluationCut(Exception):
@@ -124,31 +134,22 @@ class Trainer:
         if self.prepared.checkpoint:
             self._restore(self.prepared.checkpoint)
             display.note(f"going on from {self.prepared.checkpoint}")
-        self.cursor: dict[str, Any] | None = self.prepared.state.get("cursor")
-        self.seconds_before: float = self.prepared.state.get("seconds", 0.0)
-        self.started = time.monotonic()
-        self._take_counts(self.prepared.state)
-        self.failures_in_a_row = 0
+        self.progress = Progress.of(self.prepared.state, folder.records())
+        self.gone_back_to = -1
+        """Step of the checkpoint that the run last went back to."""
         self.is_whole = True
         """Whether model and optimizer are as the last step done has left them."""
-        tokenizer = self.prepared.tokenizer
+        tokenizer, steps = self.prepared.tokenizer, self.progress.step
         self.writer = CheckpointWriter(
-            run, folder, self.placement, optimizer=self.optimizer, tokenizer=tokenizer, steps=self.done_steps
+            run, folder, self.placement, optimizer=self.optimizer, tokenizer=tokenizer, steps=steps
         )
-        self.samples = SampleLog(folder.samples, run, self.prepared.validation, self.prepared.tokenizer)
+        self.validation = Validation(self.prepared, folder, self.accelerator, self.placement)
         self.signals, self.is_stop_told = StopSignals(), False
 
-    def _take_counts(self, state: dict[str, Any]) -> None:
-        """What was counted up to the checkpoint with this state."""
-        self.done_steps: int = state.get("step", 0)
-        self.tokens: int = state.get("tokens", 0)
-        self.skipped_steps: int = state.get("skipped_steps", 0)
-        self.rollbacks: int = state.get("rollbacks", 0)
-        # Not beyond the checkpoint: another process may not have dropped the later records yet.
-        records = [record for record in self.folder.records() if record["step"] <= self.done_steps]
-        self.evaluated_steps = {record["step"] for record in records if "perplexity" in record}
-        losses = (record.get("loss_nats_per_token") for record in records)
-        self.spikes = LossSpikes(loss for loss in losses if loss is not None)
+    @property
+    def done_steps(self) -> int:
+        """Optimizer steps done."""
+        return self.progress.step
 
     def _restore(self, path: Path) -> None:
         restore(path, model=self.own, optimizer=self.optimizer, part=self.placement.part)
@@ -157,17 +158,15 @@ class Trainer:
         """Returns when no checkpoint is being written any more."""
         self.writer.close()
 
-    @property
-    def seconds(self) -> float:
-        """Wall time of the run so far, over all its processes' lives."""
-        return self.seconds_before + time.monotonic() - self.started
-
     def train(self) -> dict[str, Any]:
         """Runs to the end; see `train`."""
         try:
             return self._train()
         except LeaveStep:
             raise self._left() from None
+        except WeightsNotFinite as error:
+            self._record_failure(error.step, str(error))
+            raise
         except OSError as error:
             if error.errno not in DISK_ERRORS:
                 raise
@@ -181,6 +180,8 @@ class Trainer:
             # The launcher's, which comes for the same reason and would cut this short.
             ignore_termination()
             self._save_alone()
+            with suppress(UserError):
+                self.writer.wait()
             raise ConnectionError(
                 f"another process ended, or cannot be reached; {self._last_saved()}; go on with: {self._way_on}"
             ) from error
@@ -207,7 +208,7 @@ class Trainer:
             shuffle_block_documents=run.reading.shuffle_block_documents,
             max_bad_lines=run.reading.max_bad_lines,
             prefetch_batches=run.reading.prefetch_batches,
-            cursor=self.cursor,
+            cursor=self.progress.cursor,
         )
         with self.signals, closing(loader):
             # A run that was stopped during an evaluation does it first.
@@ -228,7 +229,7 @@ class Trainer:
                 is_last = self.done_steps == run.steps
                 if end.is_due or is_stopped or is_last or _is_multiple(self.done_steps, run.checkpoint.every_steps):
                     self._save(beside_training=not (is_stopped or is_last))
-                if is_stopped and not (is_last and self.is_evaluated):
+                if is_stopped and not (is_last and self.progress.is_evaluated):
                     raise self._interrupted()
         self.display.finish()
         # The first process has written its records and its checkpoint, which the others may read.
@@ -237,8 +238,8 @@ class Trainer:
             self.prepared,
             self.folder,
             steps=self.done_steps,
-            tokens=self.tokens,
-            seconds=self.seconds,
+            tokens=self.progress.tokens,
+            seconds=self.progress.seconds,
             device=str(self.device),
             processes=self.accelerator.num_processes,
             measured_memory=self.step_memory.measured,
@@ -309,7 +310,9 @@ class Trainer:
         is_taken = math.isfinite(loss) and math.isfinite(grad_norm)
         shares: dict[str, Any] = {}
         if is_taken:
-            self.is_whole, self.failures_in_a_row = False, 0
+            self.is_whole = False
+            if run.optimizer.not_finite != "rollback" or self.writer.steps > self.gone_back_to:
+                self.progress.failures_in_a_row = 0
             self.gradients.step()
             shares = self.mode.after_step(self.own, self.optimizer, step)
         else:
@@ -319,15 +322,17 @@ class Trainer:
                 # At once, so that a resumed run does not meet the same numbers again.
                 return _StepEnd(stops > 0, is_due=True)
             self.gradients.drop()
-            self.skipped_steps += 1
+            self.mode.after_skipped_step(self.own, self.optimizer, step)
+            self.progress.skipped_steps += 1
         for name, share in shares.items():
             self.display.note(f"step {step}: {name.replace('_', ' ')} {share:.4f}")
 
-        self.done_steps, self.cursor, self.is_whole = step, batch.cursor, True
-        self.tokens += batch.num_input_tokens
+        progress = self.progress
+        progress.step, progress.cursor, self.is_whole = step, batch.cursor, True
+        progress.tokens += batch.num_input_tokens
         record = TrainingRecord(
             step=step,
-            tokens=self.tokens,
+            tokens=progress.tokens,
             loss_nats_per_token=loss,
             learning_rate=run.lr * multiplier,
             grad_norm=grad_norm,
@@ -335,9 +340,9 @@ class Trainer:
             peak_memory_bytes=self.step_memory.peak_memory_bytes,
             data_wait_seconds=loader.wait_seconds - waited,
             batch_digest=batch.digest,
-            loss_above_median_nats=self.spikes.add(loss),
-            skipped_steps=self.skipped_steps or None,
-            rollbacks=self.rollbacks or None,
+            loss_above_median_nats=progress.spikes.add(loss),
+            skipped_steps=progress.skipped_steps or None,
+            rollbacks=progress.rollbacks or None,
             **shares,
         )
         if self.accelerator.is_main_process:
@@ -351,23 +356,23 @@ class Trainer:
         Raises:
             UserError: the run is not to go on after that, or cannot.
         """
-        run, self.failures_in_a_row = self.run, self.failures_in_a_row + 1
+        run, progress = self.run, self.progress
+        progress.failures_in_a_row += 1
         where = f"the loss is {loss}; first tensor that is not finite: {first_not_finite(self.own)}"
         self.writer.wait()
-        last = self.folder.checkpoints_newest_first()
         reason = ""
         if run.optimizer.not_finite != "stop":
-            if self.failures_in_a_row > FAILURES_IN_A_ROW:
-                reason = f"; for the {self.failures_in_a_row}th time in a row"
-            elif run.optimizer.not_finite == "rollback" and not last:
+            if progress.failures_in_a_row > FAILURES_IN_A_ROW:
+                reason = f"; for the {progress.failures_in_a_row}th time in a row"
+            elif run.optimizer.not_finite == "rollback" and not self.writer.steps:
                 reason = "; before there was a checkpoint to go back to"
             else:
                 self.display.warn(f"step {step}: {where}; {run.optimizer.not_finite}")
                 return
         self._record_failure(step, f"the loss is {loss}, the gradient norm {grad_norm}{reason}")
-        kept = f"the last good checkpoint is {last[0]}" if last else "no checkpoint was written yet"
+        taken = "cut short" if self.in_backward else "not taken"
         raise UserError(
-            f"step {step}: {where}{reason}. The step was {'cut short' if self.in_backward else 'not taken'}; {kept}."
+            f"step {step}: {where}{reason}. The step was {taken}; {self._last_saved()}."
             " Lower the learning rate, or set optimizer.clip_norm, in a new run; or let optimizer.not_finite = skip or"
             " rollback go on after that"
         )
@@ -375,19 +380,17 @@ class Trainer:
     def _roll_back(self, step: int, batch: Batch) -> None:
         """Takes model, optimizer and counts back to the newest checkpoint; the data go on after `batch`."""
         meet(self.accelerator)
-        found = newest_whole(self.folder, self.display.warn)
-        if found is None:
+        path, state = agreed_checkpoint(self.folder, self.accelerator, self.display.warn)
+        if path is None:
             raise UserError(f"step {step}: no checkpoint of {self.folder.path} is whole, so there is no way back")
-        path, state = found
         self.gradients.drop()
         self._restore(path)
-        rollbacks, skipped_steps = self.rollbacks + 1, self.skipped_steps
-        self._take_counts(state)
-        self.rollbacks, self.skipped_steps = rollbacks, skipped_steps
-        self.cursor, self.is_whole = batch.cursor, True
+        self.progress = self.progress.gone_back(Progress.of(state, self.folder.records()), batch.cursor)
+        self.is_whole, self.gone_back_to = True, self.done_steps
         meet(self.accelerator)
         if self.accelerator.is_main_process:
             self.folder.forget_after(self.done_steps)
+            set_aside_newer(self.folder, path)
         self.display.note(f"went back to {path}; the data go on after those of step {step}")
 
     def _next_batch(self, loader: TrainLoader) -> Batch:
@@ -446,19 +449,16 @@ class Trainer:
         self.placement.complete_gradients()
         return nats.item()
 
-    @property
-    def is_evaluated(self) -> bool:
-        """Whether the last step done has its evaluation."""
-        return self.done_steps in self.evaluated_steps
-
     def _evaluate_if_due(self) -> bool:
         """Evaluates after the steps that ask for it, once; False if a signal cut the evaluation short."""
         is_last = self.done_steps == self.run.steps
         is_due = is_last or (self.done_steps > 0 and _is_multiple(self.done_steps, self.run.evaluation.every_steps))
         try:
-            if is_due and not self.is_evaluated:
+            if is_due and not self.progress.is_evaluated:
                 with self._leavable():
-                    self._evaluate()
+                    record = self.validation.record(self.model, self.done_steps, self._evaluation_progress)
+                self.progress.evaluated_steps.add(record.step)
+                self.display.evaluation(record)
         except _EvaluationCut:
             return False
         except (UserError, ConnectionError) as error:
@@ -470,40 +470,6 @@ class Trainer:
         # Several processes would have to agree on stopping here; they stop after the evaluation.
         if self.signals.is_set and self.accelerator.num_processes == 1:
             raise _EvaluationCut
-
-    def _evaluate(self) -> None:
-        run = self.run
-        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
-        batches = evaluation_batches(
-            self.prepared.validation,
-            self.prepared.tokenizer,
-            packing=run.packing,
-            sequence_length=run.batch.sequence_length,
-            sequences=EVALUATION_SEQUENCES,
-            max_target_tokens=run.evaluation.tokens,
-            rank=rank,
-            world_size=world_size,
-            max_bad_lines=run.reading.max_bad_lines,
-        )
-        score = evaluate(
-            self.model,
-            batches,
-            precision=run.precision,
-            device=self.device,
-            micro_batch=EVALUATION_MICRO_BATCH,
-            all_reduce=lambda tensor: all_reduce(self.accelerator, tensor),
-            passes=self.placement.passes,
-            progress=self._evaluation_progress,
-        )
-        if not math.isfinite(score.nats):
-            self._record_failure(self.done_steps, f"the validation loss is {score.nats}")
-            raise UserError(f"the validation loss is {score.nats}; lower the learning rate in a new run")
-        record = score.record(self.done_steps)
-        if self.accelerator.is_main_process:
-            self.folder.append(record)
-            self.samples.write(self.model, record.step)
-        self.evaluated_steps.add(record.step)
-        self.display.evaluation(record)
 
     def _last_saved(self) -> str:
         last = self.folder.checkpoints_newest_first()
@@ -526,13 +492,7 @@ class Trainer:
         return may_save
 
     def _save(self, *, beside_training: bool) -> None:
-        counts = {"tokens": self.tokens, "skipped_steps": self.skipped_steps, "rollbacks": self.rollbacks}
-        progress = {**counts, "cursor": self.cursor, "seconds": self.seconds}
-        try:
-            self.writer.save(self.done_steps, progress, beside_training=beside_training)
-        except WeightsNotFinite as error:
-            self._record_failure(self.done_steps, str(error))
-            raise
+        self.writer.save(self.done_steps, self.progress.state(), beside_training=beside_training)
 
 
 def step_seed(seed: int, step: int, process: int) -> int:

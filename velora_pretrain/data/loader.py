@@ -302,6 +302,11 @@ def _fingerprint(source: Source) -> str:
 
 
 def _restore(cursor: dict[str, Any], order: dict[str, Any]) -> Cursor:
+    names = {field.name for field in dataclasses.fields(Cursor)}
+    place = {name: value for name, value in cursor.items() if name != "order"}
+    is_place = place.keys() == names and all(type(value) is int and value >= 0 for value in place.values())
+    if not is_place or not isinstance(cursor.get("order"), dict):
+        raise UserError("the checkpoint's cursor is no place in the data; resume from another checkpoint")
     for key, now in order.items():
         before = cursor["order"].get(key)
         if before != now:
@@ -309,4 +314,4 @@ def _restore(cursor: dict[str, Any], order: dict[str, Any]) -> Cursor:
                 f"{key} differs from the run that is resumed ({before!r} then, {now!r} now), so its place in the data "
                 "is lost; give the same or start a new run"
             )
-    return Cursor(**{name: value for name, value in cursor.items() if name != "order"})
+    return Cursor(**place)

@@ -134,6 +134,7 @@ class Direction(nn.Module):
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.is_ready = bool(self.ready)
+        self.statistics.zero_()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Direction:
         """Moves between devices; v stays in fp32 whatever the weights become."""
@@ -149,6 +150,12 @@ class Direction(nn.Module):
 def directions_of(model: nn.Module) -> list[Direction]:
     """Every direction of `model`, once."""
     return [module for module in model.modules() if isinstance(module, Direction)]
+
+
+def forget_seen(model: nn.Module) -> None:
+    """Clears what was gathered of a step that is not taken."""
+    for direction in directions_of(model):
+        direction.statistics.zero_()
 
 
 def take_directions(directions: Sequence[Direction], run_forward: Callable[[], None]) -> None:
