@@ -50,7 +50,7 @@ def test_several_processes_give_the_numbers_of_one(
     launches.assert_same(single(recipe, mode), several, rel=1e-5 if mode in EXACT else 1e-4)
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
 def test_a_run_goes_on_with_another_number_of_processes(
     tiny_recipe: Callable[..., Path], tmp_path: Path, single: Single, before: int, after: int
 ) -> None:

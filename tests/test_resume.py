@@ -74,7 +74,7 @@ MODES: dict[str, dict[str, Any]] = {
     },
 }
 """Each with an event (a refresh, a restart, a new projection) between its checkpoints, and one at a checkpoint."""
-METHODS = ("full", "galore svd", "lora", "flora", "velora", "galore+velora")
+METHODS = ("full", "flora", "velora", "galore+velora")
 """Those of the default run; the others are the slow tests'."""
 
 

@@ -57,7 +57,7 @@ def test_shards_give_the_numbers_of_one_process(
     assert summary["reduced_bytes_per_step"]["projections"] > 0
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
 def test_a_run_goes_on_with_and_without_shards(
     tiny_recipe: Callable[..., Path], tmp_path: Path, single: Single, before: int, after: int
 ) -> None:
@@ -82,7 +82,7 @@ def test_recomputation_gathers_again(
     launches.assert_same(single(recipe, recompute), tmp_path / "two", rel=1e-5)
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16"])
+@pytest.mark.parametrize("precision", ["bf16-mixed", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_low_precision(tiny_recipe: Callable[..., Path], tmp_path: Path, precision: str) -> None:
     # Against two whole replicas, which round the same sums: bf16 has 8 bits, and Adam's first steps are signs.
     changes = launches.SETTINGS | {"precision": precision, "schedule__steps": 2, "optimizer__rounding": "nearest"}

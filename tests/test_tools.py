@@ -295,3 +295,28 @@ def test_bytes_reduced_are_what_the_runs_have_counted(tmp_path: Path, capsys: py
     assert full["projections"] == 16 * compressed["projections"] > 0
     assert full["other"] == compressed["other"] > 0
     assert "16.0" in capsys.readouterr().out
+
+
+def test_processes_agree_with_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import processes
+
+    found = tmp_path / "found.json"
+    processes.ROWS = [("velora", 2, "full")]
+    with pytest.raises(SystemExit) as ended:
+        processes.main(["--json", str(found)])
+    (row,) = json.loads(found.read_text())["rows"]
+    assert ended.value.code == 0
+    assert row["same_documents"]
+    assert 0 < row["largest_relative_difference"] < 1e-4
+    assert "velora" in capsys.readouterr().out
+
+
+def test_bench_saving_times_the_loop_and_the_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import bench_saving
+
+    found = tmp_path / "found.json"
+    bench_saving.main(["--size=9m", "--tokens=16", "--rounds=2", "--json", str(found)])
+    content = json.loads(found.read_text())
+    assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in content["seconds"].values())
+    assert content["checkpoint_mib"] > 100
+    assert "% of a step of" in capsys.readouterr().out

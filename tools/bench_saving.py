@@ -41,7 +41,8 @@ def measure(*, size: str, mode: str, tokens: int, rounds: int, folder: Path) -> 
     built.adapt(model)
     optimizer = built.build_optimizer(model)
     gradients = Gradients(model, optimizer)
-    batch = torch.randint(run.llama.vocab_size, (MICRO_BATCH, SEQUENCE_LENGTH))
+    sequences, length = min(MICRO_BATCH, max(1, tokens // SEQUENCE_LENGTH)), min(SEQUENCE_LENGTH, tokens)
+    batch = torch.randint(run.llama.vocab_size, (sequences, length))
     losses = [lambda: model(batch, batch)] * max(1, tokens // batch.numel())
     tokenizer = load_tokenizer("bundled")
     writer = CheckpointWriter(
