@@ -238,6 +238,11 @@ def test_a_place_in_the_data_that_was_changed_is_told(tiny_run: Callable[..., An
     file.write_text(file.read_text().replace('"epoch": 1', '"epoch": 2'))
     with pytest.raises(checkpoint_files.DamagedCheckpoint, match=r"training_state\.json is not what was written"):
         checkpoint_files.verified_state(path)
+    # Older versions wrote no hash of it.
+    older = json.loads(file.read_text())
+    del older[checkpoint_files.SIGNATURE]
+    file.write_text(json.dumps(older))
+    assert checkpoint_files.verified_state(path)["cursor"] == {"epoch": 2}
 
 
 def test_no_part_of_a_checkpoint_stands_under_its_name_while_it_is_removed(

@@ -83,7 +83,8 @@ def verified_state(path: Path) -> dict[str, Any]:
     fault = _state_fault(state, path)
     if fault:
         raise DamagedCheckpoint(f"{STATE_FILE}: {fault}")
-    if signed(state)[SIGNATURE] != state.get(SIGNATURE):
+    # Older versions wrote none.
+    if SIGNATURE in state and signed(state)[SIGNATURE] != state[SIGNATURE]:
         raise DamagedCheckpoint(f"{STATE_FILE} is not what was written")
     for name, sha256 in state["sha256"].items():
         file = path / name

@@ -153,8 +153,12 @@ def test_the_hub_is_asked_for_a_file_of_c4(monkeypatch):
     with serve(files={"/datasets/allenai/c4/resolve/main/en/c4-validation.00000-of-00008.json.gz": b"xyz"}) as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         assert c4.hub_fault(5.0) is None
-        hub.statuses = [503]
-        assert f"({hub.url}) does not answer (Service Unavailable" in (c4.hub_fault(5.0) or "")
+        hub.statuses = [503] * 100
+        monkeypatch.setattr(c4, "PROBE_DELAY_SECONDS", 0.1)
+        assert f"({hub.url}) does not answer (Service Unavailable" in (c4.hub_fault(0.5) or "")
+        hub.statuses = [503, 429]  # a failure that passes
+        assert c4.hub_fault(5.0) is None
+        assert hub.statuses == []
         hub.files = {}
         assert "(Not Found" in (c4.hub_fault(5.0) or "")
         hub.requests = []

@@ -16,6 +16,7 @@ import hashlib
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
@@ -32,6 +33,7 @@ C4_FOLDER = "hf://datasets/allenai/c4/en"
 C4_NUM_SHARDS = {"train": 1024, "validation": 8}
 AUTO_TIMEOUT_SECONDS = 5.0
 C4_TIMEOUT_SECONDS = 15.0
+PROBE_DELAY_SECONDS = 0.5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,13 +113,20 @@ def hub_fault(timeout_seconds: float) -> str | None:
         return "HF_HUB_OFFLINE is set, so the Hugging Face hub is not asked"
     faults: list[str | None] = []
 
+    deadline = time.monotonic() + timeout_seconds
+
     def ask() -> None:
-        try:
-            asked = remote.request(c4_shards("validation")[0], last_byte=0)
-            remote.open_url(asked, timeout_seconds=timeout_seconds).close()
-            faults.append(None)
-        except Exception as error:  # whatever it is, the hub cannot be used and this is the reason
-            faults.append(" ".join(str(getattr(error, "reason", None) or error).split()))
+        while True:
+            try:
+                asked = remote.request(c4_shards("validation")[0], last_byte=0)
+                remote.open_url(asked, timeout_seconds=timeout_seconds).close()
+                faults.append(None)
+            except Exception as error:  # whatever it is, the hub cannot be used and this is the reason
+                if remote.is_passing(error) and time.monotonic() + PROBE_DELAY_SECONDS < deadline:
+                    time.sleep(PROBE_DELAY_SECONDS)
+                    continue
+                faults.append(" ".join(str(getattr(error, "reason", None) or error).split()))
+            return
 
     # In a thread, because no timeout of ours reaches the look-up of the hub's name.
     thread = threading.Thread(target=ask, name="hub-probe", daemon=True)

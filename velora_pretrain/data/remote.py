@@ -272,6 +272,14 @@ class HttpFile(io.RawIOBase):
             self._response = None
 
 
+def is_passing(error: Exception) -> bool:
+    """Whether a request failed at a server that is there, in a way that the next one may not."""
+    if isinstance(error, urllib.error.HTTPError):
+        return error.code >= 500 or error.code in _RETRIED_STATUS
+    cause = error.reason if isinstance(error, urllib.error.URLError) else error
+    return isinstance(cause, ConnectionResetError | ConnectionAbortedError | http.client.HTTPException)
+
+
 def _asked_delay_seconds(fault: Exception) -> float:
     """How long the server asks to wait, within bounds; 0 if it does not say in seconds."""
     asked = fault.headers.get("Retry-After", "") if isinstance(fault, urllib.error.HTTPError) else ""
