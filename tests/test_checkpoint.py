@@ -216,15 +216,20 @@ def test_a_checkpoint_that_is_replaced_is_never_lost(
     path = trained.save(folder)
     rename = Path.rename
 
-    def killed(self: Path, target: Path) -> Path:
-        if self.name.endswith(".tmp"):
-            raise KeyboardInterrupt
-        return rename(self, target)
+    def ends_with(error: BaseException) -> None:
+        def ended(self: Path, target: Path) -> Path:
+            if self.name.endswith(".tmp"):
+                raise error
+            return rename(self, target)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", killed)
-        with pytest.raises(KeyboardInterrupt):
-            trained.save(folder)
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "rename", ended)
+            with pytest.raises((KeyboardInterrupt, UserError)):
+                trained.save(folder)
+
+    ends_with(OSError(5, "Input/output error"))
+    checkpoint_files.verified_state(path)
+    ends_with(KeyboardInterrupt())
     assert not path.exists()
     checkpoint_files.recover_replaced(folder)
     checkpoint_files.verified_state(path)

@@ -180,6 +180,7 @@ def write(
         _to_disk(target.parent)
         shutil.rmtree(replaced, ignore_errors=True)
     except (OSError, SafetensorError) as error:
+        recover_replaced(folder)
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
             f"{target}: the checkpoint could not be written ({reason_of(error)}); earlier checkpoints are whole:"
@@ -203,7 +204,6 @@ def _remove(checkpoint: Path) -> None:
 
 def _remove_leftovers(folder: RunFolder) -> None:
     """Removes what a process that was killed while writing or removing has left."""
-    recover_replaced(folder)
     for pattern in (".step-*.tmp", ".step-*.old", ".step-*.gone"):
         for path in folder.checkpoints.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)

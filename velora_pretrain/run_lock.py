@@ -39,8 +39,8 @@ class RunLock:
         folder = self._path.parent
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            # Not to be inherited: a child that outlives this process would go on holding it.
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            # Python opens it so that no child inherits it, and with it the lock.
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise UserError(f"{folder}: the run folder cannot be written ({error.strerror})") from None
         try:

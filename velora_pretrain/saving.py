@@ -122,10 +122,9 @@ class CheckpointWriter:
             WeightsNotFinite: the model's numbers failed.
             UserError: the disk is full or not writable; earlier checkpoints are untouched.
         """
-        self.wait()
         if beside_training:
             self.prepare()
-            self.wait()
+        self.wait()
         # The others wait here for one that is still being written, not within the gathering.
         self._placement.meet()
         if not self._placement.is_first:
