@@ -307,7 +307,7 @@ def test_processes_agree_with_one(tmp_path: Path, capsys: pytest.CaptureFixture[
     (row,) = json.loads(found.read_text())["rows"]
     assert ended.value.code == 0
     assert row["same_documents"]
-    assert 0 < row["largest_relative_difference"] < 1e-4
+    assert 0 < row["largest_relative_difference"] < 1e-3  # the norm's own sum, over whole matrices or parts
     assert "velora" in capsys.readouterr().out
 
 

@@ -257,13 +257,14 @@ class Trainer:
 
     def _left(self) -> Interrupted:
         """Saves what the last step done has left, if it is there, after the step behind it was left."""
-        self._save_alone()
+        is_saved = self._save_alone()
         self.writer.wait()
         where = f"left step {self.done_steps + 1} of {self.run.steps} unfinished"
         if not self.writer.steps:
             return Interrupted(f"{where}; no step was done, so there is no checkpoint")
         saved = self.folder.checkpoint(self.writer.steps)
-        return Interrupted(f"{where}; the last checkpoint is {saved}; go on with: {self._way_on}")
+        last = f"wrote {saved}" if is_saved else f"the last checkpoint is {saved}"
+        return Interrupted(f"{where}; {last}; go on with: {self._way_on}")
 
     @contextmanager
     def _leavable(self, *, at_first: bool = False) -> Iterator[None]:
