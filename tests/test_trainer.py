@@ -374,6 +374,9 @@ def test_a_step_that_fails_can_be_skipped_and_is_counted(
     def watched(self: Trainer, *args: Any) -> Any:
         end = step(self, *args)
         states.append({name: tensor.clone() for name, tensor in self.model.state_dict().items()})
+        # What came for a step that is not taken does not come for the next.
+        assert all(parameter.grad is None for parameter in self.own.parameters())
+        assert not any("accumulated" in state for state in self.optimizer.state.values())
         return end
 
     monkeypatch.setattr(Trainer, "_step", watched)
