@@ -400,6 +400,7 @@ def test_a_run_can_go_back_and_on_with_the_next_data(
         optimizer__not_finite="rollback",
         optimizer__update=update,
         checkpoint__every_steps=2,
+        checkpoint__keep_last=3,
         evaluation__every_steps=2,
         checkpoint__background=False,
         modes__velora__refresh_every=2,
@@ -412,6 +413,9 @@ def test_a_run_can_go_back_and_on_with_the_next_data(
     assert (summary["steps"], summary["skipped_steps"], summary["rollbacks"]) == (6, 0, 1)
     assert records(tmp_path / "failing", "step") == [1, 2, 2, 3, 4, 4, 5, 6, 6]
     assert records(tmp_path / "failing", "rollbacks") == [1, 1, 1, 1]
+    # Saved at once, with the new place in the data: a resumed run does not meet the same numbers again.
+    state = RunFolder(tmp_path / "failing").checkpoint(2) / "training_state.json"
+    assert json.loads(state.read_text())["rollbacks"] == 1
     # Steps 3 and 4 were read, and never trained on: the same run, made to pass over their batches.
     moved: list[int] = []
 
