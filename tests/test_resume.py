@@ -84,16 +84,26 @@ def recipe_of(tiny_recipe: Callable[..., Path], mode: str, **changes: Any) -> Pa
     return tiny_recipe(**(MODES[mode] | options | changes))
 
 
-def killed_at(place: str, count: int, *arguments: str) -> None:
-    """Runs the tool until it is killed at that place."""
-    process = subprocess.run(
-        [sys.executable, str(KILLER), place, str(count), *arguments],
+def ended(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """Runs Python to its end."""
+    return subprocess.run(
+        [sys.executable, *arguments],
         env=runs.environment(),
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
     )
+
+
+def train_by(code: str, recipe: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Trains by a program that changes the tool before it runs it."""
+    return ended(["-c", code, "train", "--recipe", str(recipe), "--run-dir", str(folder)])
+
+
+def killed_at(place: str, count: int, *arguments: str) -> None:
+    """Runs the tool until it is killed at that place."""
+    process = ended([str(KILLER), place, str(count), *arguments])
     assert process.returncode == -signal.SIGKILL, process.stderr
 
 
@@ -191,14 +201,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
         f"{place} = signalled\n"
         "cli.main()\n"
     )
-    stopped = subprocess.run(
-        [sys.executable, "-c", code, "train", "--recipe", str(recipe), "--run-dir", str(folder)],
-        env=runs.environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    stopped = train_by(code, recipe, folder)
     assert stopped.returncode == 130, stopped.stderr
     assert "stopped after step 3 of 6" in stopped.stdout
     assert f"velora-pretrain train --resume --run-dir {folder}" in stopped.stdout
@@ -269,11 +272,4 @@ def signalled_twice(recipe: Path, folder: Path, step: int, second: signal.Signal
         "torch.Tensor.backward = signalled\n"
         "cli.main()\n"
     )
-    return subprocess.run(
-        [sys.executable, "-c", code, "train", "--recipe", str(recipe), "--run-dir", str(folder)],
-        env=runs.environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    return train_by(code, recipe, folder)

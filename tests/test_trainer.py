@@ -350,17 +350,21 @@ def test_an_infinite_gradient_is_named(
             trained(tiny_run(optimizer__clip_norm=clip_norm), tmp_path)
 
 
-def failing_in(steps: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes the backward passes of these steps, counted as they are tried, give what is no number."""
+def with_nats(change: Callable[[Trainer, int, float], float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes backward passes give what `change` makes of the trainer, how many it has tried, and what they gave."""
     backward, tried = Trainer._backward, 0
 
-    def poisoned(self: Trainer, *args: Any) -> float:
+    def changed(self: Trainer, *args: Any) -> float:
         nonlocal tried
-        nats = backward(self, *args)
         tried += 1
-        return math.nan if tried in steps else nats
+        return change(self, tried, backward(self, *args))
 
-    monkeypatch.setattr(Trainer, "_backward", poisoned)
+    monkeypatch.setattr(Trainer, "_backward", changed)
+
+
+def failing_in(steps: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the backward passes of these steps, counted as they are tried, give what is no number."""
+    with_nats(lambda _, tried, nats: math.nan if tried in steps else nats, monkeypatch)
 
 
 @pytest.mark.parametrize("mode", ["full", "galore", "lora", "flora", "velora"])
@@ -447,13 +451,7 @@ def test_a_step_that_always_fails_is_not_gone_back_from_for_ever(
     tiny_run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The steps between the checkpoint and it are taken every time."""
-    backward = Trainer._backward
-
-    def poisoned(self: Trainer, *args: Any) -> float:
-        nats = backward(self, *args)
-        return math.nan if self.done_steps == 3 else nats
-
-    monkeypatch.setattr(Trainer, "_backward", poisoned)
+    with_nats(lambda trainer, _, nats: math.nan if trainer.done_steps == 3 else nats, monkeypatch)
     run = tiny_run(optimizer__not_finite="rollback", checkpoint__every_steps=2)
     with pytest.raises(UserError, match=rf"step 4: .*for the {FAILURES_IN_A_ROW + 1}th time in a row"):
         trained(run, tmp_path)
@@ -530,14 +528,7 @@ def test_there_is_no_way_back_before_the_first_checkpoint(
 def test_a_spike_is_recorded_and_counted(
     tiny_run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    backward, tried = Trainer._backward, 0
-
-    def poisoned(self: Trainer, *args: Any) -> float:
-        nonlocal tried
-        tried += 1
-        return backward(self, *args) * (3 if tried == 19 else 1)
-
-    monkeypatch.setattr(Trainer, "_backward", poisoned)
+    with_nats(lambda _, tried, nats: nats * (3 if tried == 19 else 1), monkeypatch)
     summary = trained(tiny_run(schedule__steps=20, optimizer__lr=1e-4), tmp_path)
     (spike,) = [record for record in RunFolder(tmp_path).records() if "loss_above_median_nats" in record]
     assert spike["step"] == 19

@@ -64,6 +64,19 @@ class _Listener(http.server.ThreadingHTTPServer):
         self.close_request(request)
 
 
+@contextmanager
+def running(listener: http.server.HTTPServer) -> Iterator[str]:
+    """Runs a listener in a thread; gives its address."""
+    thread = threading.Thread(target=listener.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.server_address[1]}"
+    finally:
+        listener.shutdown()
+        listener.server_close()
+        thread.join()
+
+
 @dataclass
 class FaultyServer:
     """What is served and how it fails; running inside `serve`."""
@@ -93,17 +106,11 @@ class FaultyServer:
     @contextmanager
     def serve(self) -> Iterator[FaultyServer]:
         """Runs the server; `url` is its address."""
-        listener = _Listener(("127.0.0.1", 0), self._handler())
-        self.url = f"http://127.0.0.1:{listener.server_address[1]}"
-        thread = threading.Thread(target=listener.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-        thread.start()
-        try:
-            yield self
-        finally:
-            self._stopped.set()
-            listener.shutdown()
-            listener.server_close()
-            thread.join()
+        with running(_Listener(("127.0.0.1", 0), self._handler())) as self.url:
+            try:
+                yield self
+            finally:
+                self._stopped.set()
 
     def restore(self) -> None:
         """Ends the time that `down_after_bytes` began."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -21,11 +20,10 @@ from typing import Any
 
 from figures import environment, wide_console, write_json
 from rich.table import Table
-from small_run import write_recipe, write_shards
+from small_run import environment_of_run, write_recipe, write_shards
 
 from velora_pretrain.config import MODES
 
-ROOT = Path(__file__).parents[1]
 COMPARED = ("loss_nats_per_token", "grad_norm", "perplexity")
 ROWS = [
     *((mode, processes, "none") for mode in MODES for processes in (2, 4)),
@@ -39,8 +37,7 @@ def train(recipe: Path, folder: Path, processes: int, sharding: str) -> list[dic
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [sys.executable, *(launcher if processes > 1 else []), "-m", "velora_pretrain", "train"]
     command += ["--recipe", str(recipe), "--run-dir", str(folder), "--set", f"distributed.sharding={sharding}"]
-    environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=environment_of_run(), capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

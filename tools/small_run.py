@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
+ROOT = Path(__file__).parents[1]
 SHARD_DOCUMENTS = 30
 WORDS = ("the", "one", "old", "new", "red", "train", "river", "house", "dog", "reads", "sees", "makes", "under", "and")
 RECIPE: dict[str, Any] = {
@@ -58,3 +60,8 @@ def write_recipe(path: Path, *, mode: str, packing: str, data: str, **tables: di
     changed = {name: {**RECIPE[name], **values} for name, values in tables.items()}
     path.write_text(tomli_w.dumps({"mode": mode, "packing": packing, "data": data, **RECIPE, **changed}))
     return path
+
+
+def environment_of_run(**changes: str) -> dict[str, str]:
+    """Of a started tool: it finds this package, and uses one thread, so that its sums are the same."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **changes}

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -25,9 +24,8 @@ from typing import Any
 import psutil
 from figures import MIB, environment, wide_console, write_json
 from rich.table import Table
-from small_run import write_recipe, write_shards
+from small_run import environment_of_run, write_recipe, write_shards
 
-ROOT = Path(__file__).parents[1]
 SAMPLE_SECONDS = 0.25
 LARGEST_GROWTH_PERCENT = 1.0
 COUNTED = ("files", "threads", "processes")
@@ -111,8 +109,7 @@ def soak(*, steps: int, mode: str, folder: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "velora_pretrain", "train", "--recipe", str(recipe), "--run-dir", str(run)]
     began = time.monotonic()
     with (folder / "log").open("wb") as log:
-        environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        process = subprocess.Popen(command, env=environment_of_run(), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     samples = watch(psutil.Process(process.pid), run / "metrics.jsonl")
     if process.wait():
         raise SystemExit(f"the run failed:\n{(folder / 'log').read_text()}")

@@ -32,11 +32,10 @@ from faulty_server import FaultyServer
 from figures import wide_console, write_json
 from rich.table import Table
 from run_outcome import outcome
-from small_run import RECIPE, shard, write_recipe, write_shards
+from small_run import RECIPE, ROOT, environment_of_run, shard, write_recipe, write_shards
 
 from velora_pretrain.config import MODES
 
-ROOT = Path(__file__).parents[1]
 KILLER = ROOT / "tools" / "killer.py"
 STEPS: int = RECIPE["schedule"]["steps"]
 PACKINGS = ("pad", "pack")
@@ -158,17 +157,9 @@ class Torturer:
             )
 
     def environment(self, is_reliable: bool) -> dict[str, str]:
-        """One thread, so that sums are the same; and which hub to ask."""
+        """Of its runs: which hub to ask, and without patience."""
         hub = self.endpoints["reliable" if is_reliable else "faulty"]
-        return {
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-            "HF_ENDPOINT": hub,
-            "HF_HUB_OFFLINE": "",
-            "IMPATIENT": "",
-            "no_proxy": "127.0.0.1",
-        }
+        return environment_of_run(HF_ENDPOINT=hub, HF_HUB_OFFLINE="", IMPATIENT="", no_proxy="127.0.0.1")
 
     def log(self, name: str) -> str:
         """What the processes of a run have said."""

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from velora_pretrain.errors import UserError
-from velora_pretrain.records import RunFolder
+from velora_pretrain.records import RunFolder, read_json
 
 STATE_FILE, STATE_TENSORS, WEIGHTS, CONFIG = (
     "training_state.json",
@@ -30,8 +30,6 @@ SIGNATURE = "state_sha256"
 """Key of training_state.json with the hash of the rest of it."""
 DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"}
 """Formats of tensors that are read."""
-MAX_JSON_BYTES = 1 << 24
-"""Largest JSON file of a checkpoint that is read."""
 
 
 class DamagedCheckpoint(Exception):
@@ -122,26 +120,6 @@ def _state_fault(state: dict[str, Any], path: Path) -> str | None:
     if min(state["step"], state["tokens"]) < 0 or (number.isdigit() and int(number) != state["step"]):
         return f"step {state['step']}, tokens {state['tokens']} cannot be those of {path.name}"
     return None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of bounded size.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is too large, or no JSON object.
-    """
-    with path.open("rb") as file:
-        content = file.read(MAX_JSON_BYTES + 1)
-    if len(content) > MAX_JSON_BYTES:
-        raise ValueError(f"larger than {MAX_JSON_BYTES} bytes")
-    try:
-        value = json.loads(content)
-    except RecursionError:
-        raise ValueError("nested too deep") from None
-    if not isinstance(value, dict):
-        raise ValueError("not a JSON object")
-    return value
 
 
 def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:

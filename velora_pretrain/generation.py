@@ -26,7 +26,7 @@ from velora_pretrain.errors import UserError
 from velora_pretrain.evaluation import find_checkpoint
 from velora_pretrain.hugging_face import load_llama
 from velora_pretrain.nn.llama import Llama
-from velora_pretrain.records import write_atomically
+from velora_pretrain.records import lines_up_to, write_atomically
 
 PROMPT_TOKENS = 16
 """Tokens of a validation document that a logged continuation begins with, of a shorter document half."""
@@ -164,7 +164,8 @@ class SampleLog:
         if self._prompts is None:
             self._prompts = self._beginnings(count)
         generator = torch.Generator().manual_seed((self._run.seed + step) % 2**63)
-        lines = self._lines_before(step)
+        # An evaluation that was cut off is done again.
+        lines = lines_up_to(self._path, step - 1)
         for prompt in self._prompts:
             new = continue_tokens(
                 model,
@@ -182,13 +183,6 @@ class SampleLog:
             sample = {"step": step, "prompt": before, "continuation": text.removeprefix(before)}
             lines.append(json.dumps(sample) + "\n")
         write_atomically(self._path, "".join(lines).encode())
-
-    def _lines_before(self, step: int) -> list[str]:
-        """The lines of earlier steps: an evaluation that was cut off is done again."""
-        if not self._path.exists():
-            return []
-        lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step]
 
     def _beginnings(self, count: int) -> list[list[int]]:
         batches = evaluation_batches(

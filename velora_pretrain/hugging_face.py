@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from velora_pretrain.checkpoint_files import CONFIG, WEIGHTS, read_json, read_tensors, tensor_shapes
+from velora_pretrain.checkpoint_files import CONFIG, WEIGHTS, read_tensors, tensor_shapes
 from velora_pretrain.dimensions import LlamaConfig
 from velora_pretrain.errors import UserError
 from velora_pretrain.nn.llama import Llama
+from velora_pretrain.records import read_json
 
 SHARD_INDEX = "model.safetensors.index.json"
 EMBEDDING = "model.embed_tokens.weight"
@@ -108,5 +109,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path}: no such file; give a checkpoint, a run folder or a Hugging Face LLaMA folder"
         ) from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise UserError(f"{path}: not readable JSON ({error})") from None
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None

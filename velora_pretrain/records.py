@@ -34,6 +34,8 @@ GIB = 2**30
 
 MAX_RECORD_BYTES = 1 << 20
 """Longest line of metrics.jsonl that is read."""
+MAX_JSON_BYTES = 1 << 24
+"""Largest JSON file that is read."""
 BLOCK_BYTES = 2**14
 """Read at once from the end of metrics.jsonl."""
 
@@ -195,13 +197,12 @@ class RunFolder:
                     # Empty, or a line that a crash cut short.
                     lines.pop()
                     is_last = False
-                yield from (_record(line, str(self.metrics)) for line in reversed(lines))
+                yield from (record_of(line, str(self.metrics)) for line in reversed(lines))
 
     def forget_after(self, step: int) -> None:
         """Drops the records and samples of steps after `step`, which a resumed run does again."""
         for path in (self.metrics, *([self.samples] if self.samples.exists() else [])):
-            kept = [json.dumps(record, allow_nan=False) for record in _whole_lines(path) if record["step"] <= step]
-            write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
+            write_atomically(path, "".join(lines_up_to(path, step)).encode())
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Writes summary.json, whole or not at all, with null for numbers that are not finite."""
@@ -212,19 +213,32 @@ class RunFolder:
         write_atomically(self.failure, (json.dumps({"step": step, "reason": reason}, indent=2) + "\n").encode())
 
 
+def lines_up_to(path: Path, step: int) -> list[str]:
+    """The whole lines of metrics.jsonl or samples.jsonl that are of `step` or before; none of a file that is missing.
+
+    Raises:
+        UserError: a whole line is no record.
+    """
+    return [json.dumps(record, allow_nan=False) + "\n" for record in _whole_lines(path) if record["step"] <= step]
+
+
 def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
     if not path.exists():
         return
     with path.open("rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(MAX_RECORD_BYTES), b""), start=1):
             if line.endswith(b"\n"):
-                yield _record(line, f"{path} line {number}")
+                yield record_of(line, f"{path} line {number}")
             elif len(line) == MAX_RECORD_BYTES:
                 raise UserError(f"{path} line {number}: longer than a record can be; remove the line")
 
 
-def _record(line: bytes, place: str) -> dict[str, Any]:
-    """A line of metrics.jsonl as a record.
+def record_of(line: bytes, place: str) -> dict[str, Any]:
+    """A line of metrics.jsonl as a record, None for numbers that were not finite.
+
+    Args:
+        line: the line.
+        place: names it in the message.
 
     Raises:
         UserError: it is none.
@@ -269,3 +283,25 @@ def write_atomically(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of bounded size.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is too large, or no JSON object; says so.
+    """
+    with path.open("rb") as file:
+        content = file.read(MAX_JSON_BYTES + 1)
+    if len(content) > MAX_JSON_BYTES:
+        raise ValueError(f"larger than {MAX_JSON_BYTES} bytes")
+    try:
+        value = json.loads(content)
+    except RecursionError:
+        raise ValueError("not readable JSON (nested too deep)") from None
+    except ValueError as error:
+        raise ValueError(f"not readable JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object")
+    return value

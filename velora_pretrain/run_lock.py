@@ -75,6 +75,19 @@ class RunLock:
         self.release()
 
 
+def is_held(folder: Path) -> bool | None:
+    """Whether a process holds the lock of a run folder; None where there is no such file to ask."""
+    try:
+        with (folder / LOCK_FILE).open("rb") as file:
+            # Shared, so that two readers never take each other for the training process.
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    return False
+
+
 def _is_locked(descriptor: int) -> bool:
     """Takes the lock, if it is free within a moment: readers hold it for as long as it takes to see that it is."""
     for _ in range(ATTEMPTS):

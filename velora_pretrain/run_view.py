@@ -6,8 +6,6 @@ A run folder may be under way, cut off at any moment, or written by hand: whatev
 from __future__ import annotations
 
 import dataclasses
-import fcntl
-import json
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +15,8 @@ from typing import Any, Literal
 
 from velora_pretrain.config import Run
 from velora_pretrain.errors import UserError
-from velora_pretrain.records import EvaluationRecord, RunFolder, TrainingRecord
+from velora_pretrain.records import EvaluationRecord, RunFolder, TrainingRecord, read_json
+from velora_pretrain.run_lock import is_held
 
 State = Literal["running", "finished", "failed", "stopped"]
 YOUNG_SECONDS = 120.0
@@ -126,12 +125,9 @@ def read_records(folder: RunFolder) -> list[dict[str, Any]]:
         UserError: a line is no record; names the file.
     """
     try:
-        records = list(folder.records())
-    except (OSError, ValueError) as error:
+        return list(folder.records())
+    except OSError as error:
         raise UserError(f"{folder.metrics}: cannot be read as records ({error})") from None
-    if not all(isinstance(record, dict) and "step" in record for record in records):
-        raise UserError(f"{folder.metrics}: a line is no record of a run")
-    return records
 
 
 def read_object(path: Path) -> dict[str, Any] | None:
@@ -141,19 +137,18 @@ def read_object(path: Path) -> dict[str, Any] | None:
         UserError: it cannot be read, or is something else.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise UserError(f"{path}: not readable JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return value
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def state_of(folder: RunFolder) -> State:
     """Whether the run goes on, has ended well or by failing numbers, or was stopped."""
-    is_locked = holds_lock(folder)
+    is_locked = is_held(folder.path)
     if is_locked:
         return "running"
     if folder.summary.exists():
@@ -161,19 +156,6 @@ def state_of(folder: RunFolder) -> State:
     if folder.failure.exists():
         return "failed"
     return "running" if is_locked is None and age_seconds(folder) < YOUNG_SECONDS else "stopped"
-
-
-def holds_lock(folder: RunFolder) -> bool | None:
-    """Whether a process holds the run's lock file; None where there is no such file to ask."""
-    try:
-        with (folder.path / "run.lock").open("rb") as file:
-            # Shared, so that two readers never take each other for the training process.
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return None
-    return False
 
 
 def age_seconds(folder: RunFolder) -> float:

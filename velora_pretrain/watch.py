@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable
 from typing import Any
 
 from velora_pretrain.display import Display
-from velora_pretrain.records import RunFolder, finite
+from velora_pretrain.records import RunFolder, record_of
 from velora_pretrain.run_view import State, evaluation_record, state_of, training_record, view_run
 
 POLL_SECONDS = 0.5
@@ -73,4 +72,4 @@ class _Tail:
             lines = [line for line in file if line.endswith(b"\n")]
             self._place += sum(map(len, lines))
         lines = lines[-1:] if is_rewritten else lines[self._known :] if is_first else lines
-        return [finite(json.loads(line)) for line in lines]
+        return [record_of(line, str(self._path)) for line in lines]

@@ -1,10 +1,11 @@
 """A web server on this machine that serves bytes and misbehaves as told."""
 
 import http.server
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+
+from faulty_server import running
 
 
 @dataclass
@@ -93,12 +94,5 @@ def serve(**settings) -> Iterator[FileServer]:
     server = FileServer(**settings)
     listener = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _handler(server))
     listener.daemon_threads = True
-    server.url = f"http://127.0.0.1:{listener.server_address[1]}"
-    thread = threading.Thread(target=listener.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    try:
+    with running(listener) as server.url:
         yield server
-    finally:
-        listener.shutdown()
-        listener.server_close()
-        thread.join()
