@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from pathlib import Path
@@ -26,7 +28,8 @@ class Browser:
     def __init__(self, program: str) -> None:
         self.events: list[dict[str, Any]] = []
         self._ids = itertools.count(1)
-        self._profile = tempfile.TemporaryDirectory(prefix="browser-")
+        # Its processes may write to the profile until the last of them has ended.
+        self._profile = tempfile.TemporaryDirectory(prefix="browser-", ignore_cleanup_errors=True)
         to_browser, self._out = os.pipe()
         self._in, from_browser = os.pipe()
 
@@ -45,6 +48,7 @@ class Browser:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )
         os.close(to_browser)
         os.close(from_browser)
@@ -63,6 +67,8 @@ class Browser:
         os.close(self._out)
         self._process.terminate()
         self._process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._reader.close()
         self._profile.cleanup()
 

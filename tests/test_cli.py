@@ -375,6 +375,21 @@ def strictly(text: str) -> Any:
     return json.loads(text, parse_constant=pytest.fail)
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("[1]\n", "line 2: not a record of a run"),
+        ('{"step": 2\n', "line 2: not a record of a run"),
+        ("x" * (1 << 20), "line 2: longer than a record can be"),
+    ],
+)
+def test_a_line_that_is_no_record_is_named(tmp_path: Path, line: str, message: str):
+    folder = RunFolder(tmp_path)
+    folder.metrics.write_text('{"step": 1}\n' + line)
+    with pytest.raises(UserError, match=message):
+        list(folder.records())
+
+
 def test_records_have_null_where_json_has_no_number(tmp_path: Path):
     folder = RunFolder(tmp_path)
     folder.write_run(Run(size="9m"))
