@@ -90,9 +90,11 @@ class Browser:
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
-    def screenshot(self, path: Path) -> None:
-        """The whole page, from its top to its end."""
-        size = self._ask("Page.getLayoutMetrics")["cssContentSize"]
+    def screenshot(self, path: Path, *, whole: bool = True) -> None:
+        """The page from its top to its end, or else what a window of this size shows of it."""
+        size = self._ask("Page.getLayoutMetrics")["cssContentSize" if whole else "cssVisualViewport"]
+        if not whole:
+            size = {"width": size["clientWidth"], "height": size["clientHeight"]}
         clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
         data = self._ask("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)["data"]
         path.write_bytes(base64.b64decode(data))
