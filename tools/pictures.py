@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from browser import Browser, find_browser
 from rich.console import Console
 from rich.terminal_theme import TerminalTheme
 from rich.text import Text
@@ -24,13 +25,17 @@ from rich.text import Text
 from velora_pretrain.report import write_report
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))  # the browser that the tests drive
-
-from browser import Browser, find_browser  # noqa: E402
-
 COLUMNS, ROWS = 100, 16
 PATIENCE_SECONDS = 600.0
-ANSI = [(40, 44, 52), (224, 108, 117), (152, 195, 121), (229, 192, 123), (97, 175, 239), (198, 120, 221), (86, 182, 194)]
+ANSI = [
+    (40, 44, 52),
+    (224, 108, 117),
+    (152, 195, 121),
+    (229, 192, 123),
+    (97, 175, 239),
+    (198, 120, 221),
+    (86, 182, 194),
+]
 THEME = TerminalTheme((24, 27, 32), (220, 223, 228), [*ANSI, (171, 178, 191)], [*ANSI, (255, 255, 255)])
 PAGE = """<!DOCTYPE html><meta charset="utf-8"><style>{stylesheet}
 body {{ margin: 0; padding: 18px 22px; color: {foreground}; background: {background}; width: max-content }}
