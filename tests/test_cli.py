@@ -6,10 +6,13 @@ import os
 import subprocess
 import sys
 import types
+import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer.main
 
 from velora_pretrain import __version__, cli
 from velora_pretrain.config import MODES, Run
@@ -121,7 +124,8 @@ def mistake(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     [
         ("train", ["--size", "--recipe"]),
         ("train --set seed=1", ["--size", "--recipe"]),
-        ("train --size 61m", ["size: '61m' is not a size", "60m"]),
+        ("train --size 61m", ["size: '61m' is not a size", "did you mean '60m'? "]),
+        ("train --recipe recipes/quickstrt.toml", ["did you mean 'quickstart'"]),
         ("train --size 60m --mode velra", ["mode: ", "'velora'"]),
         ("train --size 60m --set optimizer.lrr=1", ["optimizer.lrr: no such key"]),
         ("train --size 60m --set schedule.steps=ten", ["schedule.steps: ", "'ten'"]),
@@ -154,6 +158,7 @@ def mistake(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("compare memory --budget much", ["--budget much: is no size"]),
         ("compare memory --size any", ["--size any: give --budget"]),
         ("compare memory --sharding thin", ["--sharding thin: choose from"]),
+        ("compare memory --sharding shard", ["--sharding shard: did you mean 'sharded'? "]),
         ("compare memory --json no/such/folder.json", ["--json no/such/folder.json: cannot be written"]),
     ],
 )
@@ -543,15 +548,33 @@ def test_the_shell_completes_without_torch(typed: str, offered: list[str]):
     assert done.stdout.split() == offered
 
 
-@pytest.mark.parametrize("words", ["train", "eval checkpoint", "report", "generate"])
-def test_every_option_says_its_default(words: str):
-    import typer.main
+def commands(command: Any, words: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
+    """Every command by its words."""
+    for name, each in getattr(command, "commands", {}).items():
+        yield from commands(each, (*words, name))
+    if not hasattr(command, "commands"):
+        yield " ".join(words), command
 
-    command: Any = typer.main.get_command(cli.app)
-    for word in words.split():
-        command = command.commands[word]
-    without = {"size", "recipe", "settings", "json_file", "resume", "compile"}
-    options = [each for each in command.params if each.param_type_name == "option" and each.name not in without]
-    assert options
-    for option in options:
-        assert option.default is not None or "default" in option.help, option.name
+
+COMMANDS = dict(commands(typer.main.get_command(cli.app)))
+UNITS = ("step", "sequence", "token", "rate", "seed", "device", "run", "logits")
+"""What numbers are of."""
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_every_option_says_its_unit_and_its_default(words: str):
+    types = typing.get_type_hints(COMMANDS[words].callback)
+    for param in COMMANDS[words].params:
+        if param.required or getattr(param, "is_flag", False):
+            assert param.help, param.name
+            continue
+        # What the help shows of itself is the default that is a value.
+        is_shown = param.default is not None and param.show_default is True
+        assert is_shown or "by default" in param.help.lower(), param.name
+        if {int, float} & {types[param.name], *typing.get_args(types[param.name])}:
+            assert any(unit in param.help.lower() for unit in UNITS), param.name
+
+
+def test_there_are_commands_and_options_to_say_it():
+    assert {"train", "eval checkpoint", "compare memory", "report", "show", "watch", "generate"} <= COMMANDS.keys()
+    assert sum(len(command.params) for command in COMMANDS.values()) > 50

@@ -172,7 +172,7 @@ def test_a_slug_is_a_folder_name():
 @pytest.mark.parametrize(
     ("changes", "part"),
     [
-        ({"modes": "velora[layer=all]"}, "modes.velora.layer: no such key; did you mean 'layers'"),
+        ({"modes": "velora[layer=all]"}, "modes.velora.layer: no such key; did you mean 'modes.velora.layers'"),
         ({"modes": "full[rank=3]"}, "modes.full.rank: no such key"),
         ({"learning_rates": ["1,2", "velora:3"]}, "full has 2 and velora has 1"),
         ({"learning_rates": ["full:1,2"]}, "full has 2 and velora has 1"),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from velora_pretrain.errors import UserError
+from velora_pretrain.hints import nearest
 from velora_pretrain.options import (
     DATA_HELP,
     INTERRUPTED,
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 RIVALS = ("none", "elementwise", "block")
 """What every mode can recompute, exactly: a row each in a memory table, whatever else is compared."""
 
+SHARDINGS = ("none", "data-parallel", "sharded")
+"""What devices may share in a memory table."""
+
 compare_app = typer.Typer(help="Compare training modes.")
 
 
@@ -43,7 +47,8 @@ def _compare() -> None:
 @compare_app.command("memory")
 def compare_memory(
     size: Annotated[
-        str | None, typer.Option(help="Model size, from 9m to 13b; with --budget also any.", metavar="SIZE")
+        str | None,
+        typer.Option(help="Model size, from 9m to 13b parameters; with --budget also any.", metavar="SIZE"),
     ] = "60m",
     modes: Annotated[
         str | None, typer.Option(help="Modes, with commas between; by default all that are not two together.")
@@ -58,33 +63,41 @@ def compare_memory(
             " none, elementwise and block (gradient checkpointing)."
         ),
     ] = None,
-    update: Annotated[str | None, typer.Option(help="When parameters move: step or in_backward.")] = None,
+    update: Annotated[
+        str | None, typer.Option(help="When parameters move: step or in_backward; by default step.")
+    ] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Also take the step, on random tokens.")] = False,
-    device: Annotated[str | None, typer.Option(help="Where --measure runs: auto, cpu or cuda.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Where --measure runs: auto, cpu or cuda; by default auto.")
+    ] = None,
     budget: Annotated[
         str | None,
         typer.Option(
-            help="What fits: the largest micro-batch of each row, or with --size any the largest size.",
+            help="Memory in which to find the largest micro-batch of each row, or with --size any the largest size; by"
+            " default none.",
             metavar="24GiB",
         ),
     ] = None,
     devices: Annotated[int, typer.Option(help="Devices that share in a step.", min=1)] = 1,
     sharding: Annotated[
         str | None,
-        typer.Option(help="What devices share: data-parallel (the default for several), sharded or none."),
+        typer.Option(help="What devices share: none, data-parallel or sharded; by default data-parallel, of one none."),
     ] = None,
     published: Annotated[
         bool, typer.Option("--published", help="Also the published accountings, and what they leave out.")
     ] = False,
     settings: Settings = None,
     json_file: Json = None,
-    plot: Annotated[Path | None, typer.Option(help="Folder for a picture of the table (PNG and SVG).")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Folder for a picture of the table (PNG and SVG); by default none.")
+    ] = None,
 ) -> None:
     """Show where every byte of a training step goes, per mode, by category."""
     if size == "any" and budget is None:
         raise UserError("--size any: give --budget, for example --budget 24GiB")
-    if sharding not in (None, "none", "data-parallel", "sharded"):
-        raise UserError(f"--sharding {sharding}: choose from none, data-parallel, sharded")
+    if sharding not in (None, *SHARDINGS):
+        near = nearest(sharding, SHARDINGS)
+        raise UserError(f"--sharding {sharding}: {near}choose from {', '.join(SHARDINGS)}")
     from velora_pretrain.config import MODES
 
     budget_bytes = parse_bytes("--budget", budget) if budget else None
@@ -147,9 +160,12 @@ def compare_speed(
     micro_batch: MicroBatch = None,
     sequence_length: SequenceLength = None,
     precision: Precision = None,
-    recompute: Annotated[str | None, typer.Option(help="What is rebuilt in the backward pass.")] = None,
-    steps: Annotated[int, typer.Option(help="Timed steps of each mode.", min=1)] = 12,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.")] = None,
+    recompute: Annotated[
+        str | None,
+        typer.Option(help="What is rebuilt in the backward pass: none, elementwise, mlp or block; by default none."),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Timed optimizer steps of each mode.", min=1)] = 12,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps; by default auto.")] = None,
     compile: Annotated[bool, typer.Option("--compile", help="Time every mode compiled, too.")] = False,
     settings: Settings = None,
     json_file: Json = None,
@@ -219,8 +235,13 @@ def compare_perplexity(
         ),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps of each run; by default the recipe's.")] = None,
-    data: Annotated[str | None, typer.Option(help=DATA_HELP)] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="bundled, a SentencePiece model's path, or a hub name.")] = None,
+    data: Annotated[str | None, typer.Option(help=f"{DATA_HELP} By default the recipe's, else auto.")] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            help="bundled, a SentencePiece model's path, or a hub name; by default the recipe's, else bundled."
+        ),
+    ] = None,
     run_dir: Annotated[
         Path | None,
         typer.Option(

@@ -7,10 +7,8 @@ once.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
-from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import (
@@ -23,6 +21,7 @@ from pydantic import (
 )
 
 from velora_pretrain.dimensions import PROJECTIONS, PUBLISHED_STEPS, SIZES, LlamaConfig, Projection, Section
+from velora_pretrain.hints import nearest
 from velora_pretrain.sections import (
     AsList,
     BatchTable,
@@ -44,12 +43,6 @@ BASELINE = MODES[0]
 PUBLISHED_RANKS = {768: 256}
 """Ranks of the low-rank modes by hidden width, where they are not a quarter of it (arXiv 2403.03507, table 2)."""
 Precision = Literal["fp32", "bf16-mixed", "bf16"]
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint with the known name that `word` most likely meant, or nothing."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"did you mean {close[0]!r}? " if close else ""
 
 
 class MethodTable(Section):

@@ -14,8 +14,9 @@ import psutil
 import torch
 
 from velora_pretrain import __version__
-from velora_pretrain.config import Precision, nearest
+from velora_pretrain.config import Precision
 from velora_pretrain.errors import UserError
+from velora_pretrain.hints import nearest
 
 KINDS = ("auto", "cpu", "cuda", "mps")
 WEIGHT_DTYPES: dict[Precision, torch.dtype] = {

@@ -49,7 +49,12 @@ def _recipes() -> Iterable[str]:
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 Size = Annotated[
-    str | None, typer.Option(help="Model size, from 9m to 13b.", metavar="SIZE", autocompletion=completing(_sizes))
+    str | None,
+    typer.Option(
+        help="Model size, from 9m to 13b parameters; by default the recipe's.",
+        metavar="SIZE",
+        autocompletion=completing(_sizes),
+    ),
 ]
 Mode = Annotated[
     str | None,
@@ -60,7 +65,10 @@ Mode = Annotated[
 ]
 Recipe = Annotated[
     str | None,
-    typer.Option(help="A TOML recipe, or a bundled one by name (quickstart).", autocompletion=completing(_recipes)),
+    typer.Option(
+        help="A TOML recipe, or a bundled one by name (quickstart); by default none, and --size says what to train.",
+        autocompletion=completing(_recipes),
+    ),
 ]
 MicroBatch = Annotated[
     str | None,
@@ -80,9 +88,13 @@ Precision = Annotated[
     ),
 ]
 Settings = Annotated[
-    list[str] | None, typer.Option("--set", help="Any recipe key; repeatable.", metavar="DOTTED.KEY=VALUE")
+    list[str] | None,
+    typer.Option("--set", help="Any recipe key; repeatable. By default none.", metavar="DOTTED.KEY=VALUE"),
 ]
-Json = Annotated[str | None, typer.Option("--json", help="Write the result to a file; - is standard output.")]
+Json = Annotated[
+    str | None,
+    typer.Option("--json", help="File to write the result to; - is standard output. By default none.", metavar="FILE"),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.", autocompletion=completing(lambda: DEVICES))]
 FolderTokenizer = Annotated[
     str | None,

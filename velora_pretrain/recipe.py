@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from velora_pretrain.config import Run, nearest
+from velora_pretrain.config import Run
+from velora_pretrain.dimensions import Section
 from velora_pretrain.errors import UserError
+from velora_pretrain.hints import closest, hint, nearest
 
 
 def build_run(values: dict[str, Any], *, where: str) -> Run:
@@ -80,9 +83,14 @@ def set_dotted(values: dict[str, Any], key: str, value: object) -> None:
 
 def differences(left: Run, right: Run) -> dict[str, tuple[Any, Any]]:
     """Dotted keys in which two runs differ, with both values."""
-    ours, theirs = _flatten(left.model_dump(mode="json")), _flatten(right.model_dump(mode="json"))
+    ours, theirs = flat_settings(left), flat_settings(right)
     keys = sorted(ours.keys() | theirs.keys())
     return {key: (ours.get(key), theirs.get(key)) for key in keys if ours.get(key) != theirs.get(key)}
+
+
+def flat_settings(run: Run) -> dict[str, Any]:
+    """The whole configuration by dotted keys."""
+    return _flatten(run.model_dump(mode="json"))
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -102,10 +110,7 @@ def _first_problem(error: ValidationError) -> str:
     problem = problems[0]
     path = [str(part) for part in problem["loc"]]
     if problem["type"] == "extra_forbidden":
-        table: Any = Run
-        for part in path[:-1]:
-            table = table.model_fields[part].annotation
-        return f"{'.'.join(path)}: no such key; {nearest(path[-1], table.model_fields)}see the recipes for the keys"
+        return f"{'.'.join(path)}: no such key; {hint(_meant_keys(path))}see the recipes for the keys"
     if problem["type"] == "value_error":
         return problem["msg"].removeprefix("Value error, ")
     key = _dotted(problem)
@@ -117,6 +122,33 @@ def _first_problem(error: ValidationError) -> str:
     known = re.findall(r"'(\w[^']*)'", str(problem.get("ctx", {}).get("expected", "")))
     near = nearest(str(problem["input"]), known)
     return f"{key}: {wanted[0].lower()}{wanted[1:]}{'; ' if near else ' '}{near}(got {problem['input']!r})"
+
+
+def _meant_keys(path: list[str]) -> list[str]:
+    """The keys that an unknown one most likely meant: of its name in other tables, else of a name near to it.
+
+    Args:
+        path: the unknown key; the table that it stands in exists.
+    """
+    *table, name = path
+    known = [key.split(".") for key in _known_keys(Run)]
+    own = {key[-1]: key for key in known if key[:-1] == table}
+    names = {key[-1] for key in known}
+    near = name if name in names else closest(name, own)
+    if near in own:
+        return [".".join(own[near])]
+    near = near or closest(name, sorted(names))
+    found = [key for key in known if key[-1] == near]
+    # Of the settings of modes, of which there are many, none is guessed where there is one for all.
+    return [".".join(key) for key in found if len(key) == min(map(len, found))]
+
+
+def _known_keys(table: type[Section], prefix: str = "") -> Iterator[str]:
+    """Every key below a table, tables included."""
+    for name, field in table.model_fields.items():
+        yield f"{prefix}{name}"
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from _known_keys(field.annotation, f"{prefix}{name}.")
 
 
 def _dotted(problem: ErrorDetails) -> str:
@@ -145,7 +177,8 @@ def find_recipe(name: str) -> Path:
     known = bundled_recipes()
     if name in known:
         return known[name]
-    raise UserError(f"--recipe {name}: no such file; {nearest(name, known)}bundled recipes: {', '.join(sorted(known))}")
+    near = nearest(Path(name).stem, known)
+    raise UserError(f"--recipe {name}: no such file; {near}bundled recipes: {', '.join(sorted(known))}")
 
 
 def resolve(recipe: str | None, options: dict[str, Any], assignments: list[str], *, recorded: bool = False) -> Run:

@@ -75,10 +75,13 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="The beginning of the text.")],
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to add.", min=1)] = 64,
     temperature: Annotated[
-        float, typer.Option(help="0 takes the likeliest token; above, chance has a say.", min=0)
+        float,
+        typer.Option(
+            help="What logits are divided by: 0 takes the likeliest token, above that chance has a say.", min=0
+        ),
     ] = 0.8,
     top_k: Annotated[int, typer.Option(help="Draw from so many of the likeliest tokens; 0: from all.", min=0)] = 50,
-    seed: Annotated[int, typer.Option(help="Seed of what is drawn.", min=0, max=2**63 - 1)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the tokens that are drawn.", min=0, max=2**63 - 1)] = 0,
     tokenizer: FolderTokenizer = None,
     device: Device = "auto",
 ) -> None:

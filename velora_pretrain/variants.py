@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from velora_pretrain.config import MODES, Run, nearest
+from velora_pretrain.config import MODES, Run
 from velora_pretrain.errors import UserError
+from velora_pretrain.hints import nearest
 from velora_pretrain.recipe import resolve
 
 _PLACES = {"mode": "--modes", "seed": "--seeds", "optimizer.lr": "--learning-rates"}

@@ -25,6 +25,7 @@ import numpy as np
 
 from velora_pretrain.data import remote, source
 from velora_pretrain.errors import UserError
+from velora_pretrain.hints import nearest
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +156,8 @@ def _named_shards(data: str) -> tuple[str, ...]:
         if not found:
             raise UserError(f"{data}: no file matches the pattern; quote it, and check the folder")
     else:
-        raise UserError(f"{data}: no such file; --data takes auto, c4, sample, a path, a glob or a URL")
+        near = nearest(data, ("auto", "c4", "sample"))
+        raise UserError(f"{data}: no such file; {near}--data takes auto, c4, sample, a path, a glob or a URL")
     for shard in found:
         source.ending(shard)
     return tuple(found)
