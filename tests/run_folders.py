@@ -35,6 +35,7 @@ def training_record(step: int, *, loss: float | None = None, speed: float = 1000
         peak_memory_bytes=3 * 2**29,
         data_wait_seconds=0.25,
         batch_digest=f"{step:016x}",
+        memory_limit_bytes=80 * 2**30,
     )
 
 

@@ -44,6 +44,7 @@ def record(step: int) -> TrainingRecord:
         peak_memory_bytes=3 * 2**29,
         data_wait_seconds=0.0,
         batch_digest="0123456789abcdef",
+        memory_limit_bytes=80 * 2**30,
     )
 
 
@@ -97,8 +98,16 @@ def test_a_log_line_has_every_figure_with_its_unit_and_the_time_left():
     log.display.step(record(91))
     assert log.lines == [
         "60m-full: 100 steps, 90 of them done before",
-        "step 91/100  loss 6.5432  lr 9.50e-04  grad norm 0.842  12,346 tokens/s  peak 1.50 GiB  0:04:30 left",
+        "step 91/100  loss 6.5432  lr 9.50e-04  grad norm 0.842  12,346 tokens/s  data wait 0.00 s"
+        "  peak 1.50 of 80.0 GiB  0:04:30 left",
     ]
+
+
+def test_a_record_of_an_early_version_has_a_line_without_what_it_does_not_know():
+    log = Log()
+    log.display.start(name="60m-full", steps=91, done_steps=90)
+    log.display.step(dataclasses.replace(record(91), data_wait_seconds=math.nan, memory_limit_bytes=None))
+    assert log.lines[1:] == ["step 91/91  loss 6.5432  lr 9.50e-04  grad norm 0.842  12,346 tokens/s  peak 1.50 GiB"]
 
 
 def test_a_log_gives_signs_of_life_within_a_long_step():
@@ -138,7 +147,14 @@ def test_a_terminal_shows_progress_figures_and_the_last_perplexity():
         live.step(record(12))
         live.note("a note with [brackets]")
     last_frame = terminal.text[terminal.text.rindex("60m-full") :]
-    for part in ("12/100 steps", "loss 6.5432", "lr 9.50e-04", "grad norm 0.842", "12,346 tokens/s", "peak 1.50 GiB"):
+    for part in (
+        "12/100 steps",
+        "loss 6.5432",
+        "lr 9.50e-04",
+        "grad norm 0.842",
+        "12,346 tokens/s",
+        "peak 1.50 of 80.0 GiB",
+    ):
         assert part in last_frame
     assert "validation perplexity 167.91" in last_frame
     assert "validation at step 20: perplexity 167.91  loss 5.1235" in terminal.text
@@ -161,7 +177,7 @@ def test_no_figure_is_broken_at_the_end_of_a_line(width: int):
     terminal = Terminal(width=width)
     name = "runs/350m-galore+velora-20261127-101010"
     with terminal.display as live:
-        live.start(name=name, steps=60_000, done_steps=0, memory_limit_bytes=80 * 2**30)
+        live.start(name=name, steps=60_000, done_steps=0)
         live.past([record(step) for step in range(1, 101)])
         live.evaluation(EVALUATION)
         live.micro_batch(3, 16)

@@ -10,6 +10,7 @@ import pytest
 import runs
 import torch
 import transformers
+from run_outcome import untimed
 from test_trainer import Silent, trained, weights
 
 from velora_pretrain import cli
@@ -143,10 +144,8 @@ def test_samples_are_logged_at_each_evaluation_and_leave_no_trace(
     trained(tiny_run(**changes), tmp_path / "without")
     with_samples = tiny_run(**changes, evaluation__samples=3, evaluation__sample_tokens=4)
     trained(with_samples, tmp_path / "with")
-    measured = ("tokens_per_second", "peak_memory_bytes", "data_wait_seconds")
     without, with_them = (
-        [{key: value for key, value in record.items() if key not in measured} for record in RunFolder(path).records()]
-        for path in (tmp_path / "without", tmp_path / "with")
+        [untimed(record) for record in RunFolder(path).records()] for path in (tmp_path / "without", tmp_path / "with")
     )
     assert without == with_them
     ours, theirs = weights(tmp_path / "without"), weights(tmp_path / "with")

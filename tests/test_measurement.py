@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from run_outcome import untimed
 from safetensors.torch import load_file
 
 from velora_pretrain import measurement
@@ -12,8 +13,6 @@ from velora_pretrain.config import MODES
 from velora_pretrain.display import Display, make_display
 from velora_pretrain.records import RunFolder
 from velora_pretrain.trainer import train
-
-VARYING = {"tokens_per_second", "peak_memory_bytes", "data_wait_seconds"}
 
 
 @pytest.mark.parametrize(
@@ -35,7 +34,7 @@ def test_measuring_changes_no_bit(
         folder = RunFolder(tmp_path / f"run-{step}")
         with make_display() as display:
             summary = train(run, folder, resume=False, display=display)
-        records = [{k: v for k, v in each.items() if k not in VARYING} for each in folder.records()]
+        records = [untimed(each) for each in folder.records()]
         weights = load_file(folder.checkpoint(4) / "model.safetensors")
         results.append((summary["measured_memory"], records, weights))
     (measured, records, weights), (nothing, plain_records, plain_weights) = results

@@ -13,6 +13,7 @@ import run_folders
 
 from velora_pretrain.errors import UserError
 from velora_pretrain.plots import MODE_COLOURS
+from velora_pretrain.records import RunFolder
 from velora_pretrain.report import write_report
 from velora_pretrain.run_view import view_run
 
@@ -113,6 +114,53 @@ def test_the_page_has_every_final_figure_the_differences_the_environment_and_the
     assert ["platform", "Linux-6.1"] in page.rows
     for text in (f"train --recipe {first.path}/config.toml", f"eval checkpoint {first.path}", "lr = 0.02"):
         assert text in page.text
+
+
+def timed(folder: RunFolder, *, seconds_per_step: float, pause_seconds: float) -> RunFolder:
+    """The run with times in its records: evaluations take a second each, and after step 10 nothing runs for a while."""
+    lines, seconds = [], 0.0
+    for record in folder.records():
+        seconds += 1.0 if "perplexity" in record else seconds_per_step
+        idle = pause_seconds if record["step"] > 10 else 0.0
+        lines.append(json.dumps(record | {"run_seconds": seconds, "unix_seconds": 1.7e9 + seconds + idle}) + "\n")
+    folder.metrics.write_text("".join(lines))
+    return folder
+
+
+def test_time_counts_evaluations_but_no_pauses_where_all_runs_have_recorded_it(tmp_path: Path):
+    a = timed(run_folders.write(tmp_path / "runs" / "a"), seconds_per_step=3.0, pause_seconds=1e5)
+    b = timed(run_folders.write(tmp_path / "runs" / "b"), seconds_per_step=1.0, pause_seconds=0.0)
+    page = Page(write_report([tmp_path / "runs"], tmp_path / "out")[0])
+    # 20 steps and 4 evaluations.
+    assert [page.row(name)[5] for name in "ab"] == ["0:01:04", "0:00:24"]
+    assert "training time (seconds, without pauses)" in page.text
+    assert "with evaluations and checkpoints, without pauses" in page.text
+    views = [view_run(folder) for folder in (a, b)]
+    hours = views[0].hours(steps_only=False)
+    assert [round(3600 * hour) for hour in hours.training[:6]] == [3, 6, 9, 12, 15, 19]
+    assert [round(3600 * hour) for hour in hours.evaluations if hour] == [16, 32, 48, 64]
+    # One run of an early version, and nothing but steps can be counted for all.
+    run_folders.write(tmp_path / "runs" / "c")
+    page = Page(write_report([tmp_path / "runs"], tmp_path / "out")[0])
+    assert [page.row(name)[5] for name in "abc"] == ["0:00:40"] * 3
+    assert "training time (seconds, steps only)" in page.text
+
+
+def test_samples_of_the_first_the_middle_and_the_last_evaluation_are_shown(tmp_path: Path):
+    folder = run_folders.write(tmp_path / "runs" / "a")
+    run_folders.write(tmp_path / "runs" / "without")
+    lines = [
+        {"step": step, "prompt": f"The <b> {place}", "continuation": f" after\n{step}"}
+        for step in (5, 10, 15, 20)
+        for place in range(6)
+    ]
+    folder.samples.write_text("".join(json.dumps(each) + "\n" for each in lines))
+    page = Page(write_report([tmp_path / "runs"], tmp_path / "out")[0])
+    shown = [row for row in page.rows if row[0] in ("5", "10", "15", "20") and len(row) == 3]
+    assert shown == [[str(step), f"The <b> {n}", f"after {step}"] for step in (5, 15, 20) for n in range(4)]
+    assert not [tag for tag, _ in page.tags if tag == "b"]
+    alone = Page(write_report([tmp_path / "runs" / "without"], tmp_path / "out")[0])
+    assert "Samples" not in alone.text
 
 
 def test_runs_that_differ_in_the_seed_alone_are_taken_together(tmp_path: Path):

@@ -15,7 +15,7 @@ import runs
 from rich.console import Console
 
 from velora_pretrain import cli
-from velora_pretrain.display import LogDisplay
+from velora_pretrain.display import LiveDisplay, LogDisplay
 from velora_pretrain.records import RunFolder
 from velora_pretrain.run_view import find_runs, glance, state_of
 from velora_pretrain.watch import watch
@@ -99,7 +99,7 @@ def test_one_run(several: Path, capsys: pytest.CaptureFixture[str]):
         "runs/done  finished, step 20 of 20, last written 2 h ago",
         "  mode = velora",
         "  schedule.steps = 20",
-        "  step 20  loss 3.3333  lr 2.00e-02  grad norm 1.05  1,000 tokens/s  peak 1.50 GiB",
+        "  step 20  loss 3.3333  lr 2.00e-02  grad norm 1.05  1,000 tokens/s  data wait 0.25 s  peak 1.50 of 80.0 GiB",
         "  validation at step 20: perplexity",
         "  step-00000020  3.0 MiB",
         "predicted 2.1875 GiB",
@@ -107,8 +107,32 @@ def test_one_run(several: Path, capsys: pytest.CaptureFixture[str]):
         assert part in out
     assert "step 15  " not in out
     assert "seed" not in out
+    assert "samples" not in out
     assert status("show", "runs/broke") == 0
     assert "step 3: the loss is nan" in capsys.readouterr().out
+
+
+def write_samples(folder: RunFolder, *samples: tuple[int, str, str]) -> None:
+    lines = [dict(zip(("step", "prompt", "continuation"), each, strict=True)) for each in samples]
+    folder.samples.write_text("".join(json.dumps(each) + "\n" for each in lines))
+
+
+def test_the_last_samples_are_shown(several: Path, capsys: pytest.CaptureFixture[str]):
+    folder = RunFolder(several / "done")
+    last = [(20, "The [b]", " sun\n rises"), (20, "No", "\x1b[31m red")]
+    write_samples(folder, (5, "The", " early"), *last)
+    with folder.samples.open("a") as file:
+        file.write('{"step": 25, "prom')  # cut short by a crash
+    assert status("show", "runs/done") == 0
+    out = capsys.readouterr().out
+    assert "samples at step 20\n  The [b] → sun rises\n  No → \ufffd[31m red\n" in out
+    assert "early" not in out
+    assert status("show", "runs/done", "--json", "-") == 0
+    shown = json.loads(capsys.readouterr().out)["samples"]
+    assert [tuple(each.values()) for each in shown] == [(5, "The", " early"), *last]
+    folder.samples.write_text("nothing\n")
+    assert status("show", "runs/done") == 2
+    assert "samples.jsonl line 1: not a record" in capsys.readouterr().err
 
 
 def test_one_run_as_json(several: Path, capsys: pytest.CaptureFixture[str]):
@@ -237,6 +261,23 @@ def test_watching_shows_each_new_record_once_and_ends_with_the_run(tmp_path: Pat
         "step 5/20",
         "step 6/20",
     ]
+
+
+def test_watching_shows_how_long_a_step_waited_and_what_memory_the_device_has(tmp_path: Path):
+    folder = run_folders.write(tmp_path / "run", done=3)
+    console = Console(record=True, file=open(os.devnull, "w"), width=200)  # noqa: SIM115, PTH123
+    live = LiveDisplay(console, console)
+    for display in (LogDisplay(console, console, seconds_between_lines=0.0), live):
+        happenings = Follower(
+            lambda: folder.append(run_folders.training_record(4)), lambda: folder.write_failure(5, "the loss is nan")
+        )
+        watch(folder, display, sleep=happenings)
+        console.print(live._rendering())  # pyright: ignore[reportAttributeAccessIssue]
+        shown = console.export_text()
+        assert "data wait 0.25 s" in shown
+        assert "peak 1.50 of 80.0 GiB" in shown
+        folder.forget_after(3)
+        folder.failure.unlink()
 
 
 def test_watching_goes_on_when_a_resumed_run_writes_its_records_anew(tmp_path: Path):

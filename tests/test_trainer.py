@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from run_outcome import untimed
 from safetensors.torch import load, load_file
 
 from velora_pretrain.config import MODES
@@ -107,8 +108,9 @@ def test_records_and_summary_have_the_contracts_fields(tiny_run: Callable[..., A
     summary = trained(tiny_run(evaluation__every_steps=4), tmp_path)
     lines = list(RunFolder(tmp_path).records())
     training = {"step", "tokens", "loss_nats_per_token", "learning_rate", "grad_norm"}
-    training |= {"tokens_per_second", "peak_memory_bytes"}
+    training |= {"tokens_per_second", "peak_memory_bytes", "memory_limit_bytes", "run_seconds", "unix_seconds"}
     evaluation = {"step", "eval_loss_nats_per_token", "perplexity", "perplexity_paper", "bits_per_byte", "eval_tokens"}
+    evaluation |= {"run_seconds", "unix_seconds"}
     assert [("eval" if "perplexity" in line else "train", line["step"]) for line in lines] == [
         *[("train", step) for step in (1, 2, 3, 4)], ("eval", 4), ("train", 5), ("train", 6), ("eval", 6),
     ]  # fmt: skip
@@ -261,7 +263,7 @@ def test_a_folder_with_a_run_is_not_overwritten(tiny_run: Callable[..., Any], tm
 def test_a_finished_run_resumes_to_its_own_end(tiny_run: Callable[..., Any], tmp_path: Path) -> None:
     first = trained(tiny_run(), tmp_path)
     again = trained(tiny_run(), tmp_path, resume=True)
-    assert again["final_evaluation"] == first["final_evaluation"]
+    assert untimed(again["final_evaluation"]) == untimed(first["final_evaluation"])
     assert again["tokens"] == first["tokens"]
 
 
@@ -310,7 +312,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tiny_run: Callable[..
     again = train(run, RunFolder(tmp_path), resume=True, display=display)
     assert "step-00000006 is damaged" in display.warnings[0]
     assert "step-00000004" in display.notes[0]
-    assert again["final_evaluation"] == expected["final_evaluation"]
+    assert untimed(again["final_evaluation"]) == untimed(expected["final_evaluation"])
     assert all(torch.equal(final[name], tensor) for name, tensor in weights(tmp_path).items())
 
 
@@ -601,7 +603,8 @@ def test_too_few_documents_for_validation_are_said_before_the_first_step(
 def test_validation_data_that_is_also_trained_on_is_held_out(tiny_run: Callable[..., Any], tmp_path: Path) -> None:
     run = tiny_run()
     same = tiny_run(validation_data=run.data)
-    assert trained(same, tmp_path / "a")["final_evaluation"] == trained(run, tmp_path / "b")["final_evaluation"]
+    a, b = trained(same, tmp_path / "a"), trained(run, tmp_path / "b")
+    assert untimed(a["final_evaluation"]) == untimed(b["final_evaluation"])
 
 
 def test_another_tokenizer_is_not_resumed(tiny_run: Callable[..., Any], tmp_path: Path) -> None:
@@ -645,4 +648,5 @@ def test_a_record_that_a_crash_cut_short_is_left_out(tiny_run: Callable[..., Any
     whole = folder.metrics.read_bytes()
     folder.metrics.write_bytes(whole + b'{"step": 7, "tok')
     assert len(list(folder.records())) == whole.count(b"\n")
-    assert trained(run, tmp_path, resume=True)["final_evaluation"] == expected["final_evaluation"]
+    again = trained(run, tmp_path, resume=True)
+    assert untimed(again["final_evaluation"]) == untimed(expected["final_evaluation"])

@@ -10,8 +10,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-TIMED = ("_per_second", "_seconds", "memory_bytes")
+TIMED = ("_per_second", "_seconds", "memory_bytes", "memory_limit_bytes")
 """Ends of the names of what depends on the machine and the hour."""
+
+
+def untimed(record: dict[str, Any]) -> dict[str, Any]:
+    """A record without what depends on the machine and the hour."""
+    return {key: value for key, value in record.items() if not key.endswith(TIMED)}
 
 
 def outcome(run: Path, step: int) -> dict[str, Any]:
@@ -28,7 +33,7 @@ def outcome(run: Path, step: int) -> dict[str, Any]:
             name: hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
             for name, tensor in load_file(last / "training_state.safetensors").items()
         },
-        "records": [{k: v for k, v in record.items() if not k.endswith(TIMED)} for record in records],
+        "records": [untimed(record) for record in records],
         "cursor": state["cursor"],
         "tokens": state["tokens"],
     }

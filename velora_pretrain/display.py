@@ -28,7 +28,7 @@ from velora_pretrain.plain_display import (
     evaluation_line,
     step_figures,
 )
-from velora_pretrain.records import GIB, EvaluationRecord, TrainingRecord
+from velora_pretrain.records import EvaluationRecord, TrainingRecord
 from velora_pretrain.sparkline import ASCII_BLOCKS, BLOCKS, Course, sparkline
 
 __all__ = ["Display", "LiveDisplay", "LogDisplay", "evaluating_line", "evaluation_line", "make_display", "step_figures"]
@@ -57,11 +57,10 @@ class LiveDisplay(Display):
         """
         self._console, self._errors, self._clock = console, errors, clock
         self._live: Live | None = None
-        self._begin(name="", steps=0, done_steps=0, memory_limit_bytes=None)
+        self._begin(name="", steps=0, done_steps=0)
 
-    def _begin(self, *, name: str, steps: int, done_steps: int, memory_limit_bytes: int | None) -> None:
+    def _begin(self, *, name: str, steps: int, done_steps: int) -> None:
         self._name, self._steps, self._done_steps = name, steps, done_steps
-        self._memory_limit_bytes = memory_limit_bytes
         self._part_of_step = ""
         self._losses = Course()
         self._last: TrainingRecord | None = None
@@ -88,10 +87,10 @@ class LiveDisplay(Display):
         if not self._errors.is_terminal:
             self._errors.print(f"WARNING: {text}", markup=False, highlight=False, soft_wrap=True)
 
-    def start(self, *, name: str, steps: int, done_steps: int, memory_limit_bytes: int | None = None) -> None:
+    def start(self, *, name: str, steps: int, done_steps: int) -> None:
         """Begins the live part."""
         self._stop_live()
-        self._begin(name=name, steps=steps, done_steps=done_steps, memory_limit_bytes=memory_limit_bytes)
+        self._begin(name=name, steps=steps, done_steps=done_steps)
         self._run = self._bars.add_task("", total=steps, completed=done_steps, count=self._count())
         self._mark(done_steps)
         self._start_live()
@@ -183,15 +182,13 @@ class LiveDisplay(Display):
         return f"{elapsed} · {clock_face(max(0.0, (self._steps - last_step) * rate - (now - last_seconds)))} left"
 
     def _figures(self) -> list[str]:
-        """The last step's, the losses' course behind the loss, memory beside what the device has."""
+        """The last step's, the losses' course behind the loss."""
         if self._last is None:
             return self._validation
-        loss, *others, peak = step_figures(self._last)
+        loss, *others = step_figures(self._last)
         blocks = ASCII_BLOCKS if self._console.options.ascii_only else BLOCKS
         loss = f"{loss} {sparkline(self._losses.values, SPARKLINE_CHARACTERS, blocks=blocks)}"
-        if self._memory_limit_bytes:
-            peak = f"peak {self._last.peak_memory_bytes / GIB:.2f} of {self._memory_limit_bytes / GIB:.1f} GiB"
-        return [loss, *others, f"data wait {self._last.data_wait_seconds:.2f} s", peak, *self._validation]
+        return [loss, *others, *self._validation]
 
     def _rendering(self) -> Group:
         lines = [Text(line) for line in in_lines(self._figures(), self._console.width)]

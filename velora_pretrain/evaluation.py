@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from velora_pretrain.devices import autocast, pick_device
 from velora_pretrain.display import Display
 from velora_pretrain.errors import UserError
 from velora_pretrain.hugging_face import load_llama
-from velora_pretrain.records import EvaluationRecord, RunFolder, safe_exp, step_of
+from velora_pretrain.records import EvaluationRecord, RunFolder, fields_of, safe_exp, step_of
 
 PAPER_RANKS = 4
 """GPUs of the published 60m runs."""
@@ -198,7 +198,7 @@ def evaluate_checkpoint(
     )
     record = score.record(step_of(checkpoint) if run else 0)
     return {
-        **asdict(record),
+        **fields_of(record),
         "tokenizer_sha256": tokenizer.sha256,
         "checkpoint": str(checkpoint),
         "data": source.name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -28,14 +29,13 @@ class Display:
     def warn(self, text: str) -> None:
         """Shows a warning that cannot be missed."""
 
-    def start(self, *, name: str, steps: int, done_steps: int, memory_limit_bytes: int | None = None) -> None:
+    def start(self, *, name: str, steps: int, done_steps: int) -> None:
         """Begins to show a run.
 
         Args:
             name: the run's name.
             steps: optimizer steps at the end of the run.
             done_steps: optimizer steps done before, by the run that is resumed.
-            memory_limit_bytes: memory of the device, where it is known.
         """
 
     def past(self, records: Sequence[TrainingRecord]) -> None:
@@ -96,7 +96,7 @@ class LogDisplay(Display):
         """Prints one line to standard error."""
         self._errors.print(f"WARNING: {text}", markup=False, highlight=False, soft_wrap=True)
 
-    def start(self, *, name: str, steps: int, done_steps: int, memory_limit_bytes: int | None = None) -> None:
+    def start(self, *, name: str, steps: int, done_steps: int) -> None:
         """Prints what begins."""
         self._steps, self._first_step, self._done_steps = steps, done_steps, done_steps
         self._started_seconds = self._clock()
@@ -137,13 +137,18 @@ class LogDisplay(Display):
 
 
 def step_figures(record: TrainingRecord) -> list[str]:
-    """The figures of one optimizer step, each with its name or unit."""
+    """The figures of one optimizer step, each with its name or unit; the last is memory, beside what the device has."""
+    limit = record.memory_limit_bytes
+    of_limit = f" of {limit / GIB:.1f}" if limit else ""
+    # Not known of a record by hand, or of an early version.
+    is_timed = not math.isnan(record.data_wait_seconds)
     return [
         f"loss {record.loss_nats_per_token:.4f}",
         f"lr {record.learning_rate:.2e}",
         f"grad norm {record.grad_norm:.3g}",
         f"{record.tokens_per_second:,.0f} tokens/s",
-        f"peak {record.peak_memory_bytes / GIB:.2f} GiB",
+        *([f"data wait {record.data_wait_seconds:.2f} s"] if is_timed else []),
+        f"peak {record.peak_memory_bytes / GIB:.2f}{of_limit} GiB",
     ]
 
 

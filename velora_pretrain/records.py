@@ -72,6 +72,13 @@ class TrainingRecord:
     """Steps of the run so far that were not taken because their numbers were not finite; only after the first."""
     rollbacks: int | None = None
     """Times that the run has gone back to a checkpoint because numbers were not finite; only after the first."""
+    memory_limit_bytes: int | None = None
+    """Memory that the device has in all; the machine's, on a CPU."""
+    run_seconds: float | None = None
+    """Time that the run has gone on for, evaluations and checkpoints included; what lies between a stop and the
+    checkpoint that the run went on from, or between that and its going on, is left out."""
+    unix_seconds: float | None = None
+    """Wall clock: seconds since the beginning of 1970, UTC."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +97,15 @@ class EvaluationRecord:
     """Sum of bits over the number of UTF-8 bytes that the targets stand for."""
     eval_tokens: int
     """Targets scored."""
+    run_seconds: float | None = None
+    """As in a training record; only of evaluations that a run makes."""
+    unix_seconds: float | None = None
+    """Wall clock, likewise."""
+
+
+def fields_of(record: TrainingRecord | EvaluationRecord) -> dict[str, Any]:
+    """The fields of a record that it has."""
+    return {key: value for key, value in asdict(record).items() if value is not None}
 
 
 def safe_exp(nats: float) -> float:
@@ -161,9 +177,8 @@ class RunFolder:
 
     def append(self, record: TrainingRecord | EvaluationRecord) -> None:
         """Appends one line to metrics.jsonl, with null for a number that is not finite; what is None is left out."""
-        fields = {key: value for key, value in asdict(record).items() if value is not None}
         with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(finite(fields), allow_nan=False) + "\n")
+            file.write(json.dumps(finite(fields_of(record)), allow_nan=False) + "\n")
 
     def sync_metrics(self) -> None:
         """Brings metrics.jsonl to disk."""
@@ -179,6 +194,14 @@ class RunFolder:
             UserError: a whole line is no record.
         """
         yield from _whole_lines(self.metrics)
+
+    def logged_samples(self) -> list[dict[str, Any]]:
+        """The whole lines of samples.jsonl, oldest first.
+
+        Raises:
+            UserError: a whole line is none.
+        """
+        return list(_whole_lines(self.samples))
 
     def records_newest_first(self) -> Iterator[dict[str, Any]]:
         """The whole records of metrics.jsonl from its end, reading no more of it than is asked for."""

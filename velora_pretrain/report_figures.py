@@ -23,7 +23,7 @@ from velora_pretrain.plots import (
     SMOOTHED_SHARE,
     moving_mean,
 )
-from velora_pretrain.run_view import RunView, memory_of
+from velora_pretrain.run_view import RunView, are_timed, memory_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -71,35 +71,40 @@ Values = Callable[[RunView], Iterable[tuple[float | None, float | None]]]
 
 def draw_pictures(views: Sequence[RunView]) -> list[Picture]:
     """Every picture that the runs have data for, in the order of a report."""
-    hours_unit, per_hour = _time_unit(views)
-    tokens, time = "tokens read", f"training time ({hours_unit}, steps only)"
+    steps_only = not are_timed(views)
+    hours_of = {id(view): view.hours(steps_only=steps_only) for view in views}
+    hours_unit, per_hour = _time_unit(max((each.last for each in hours_of.values()), default=0.0))
+    tokens, time = "tokens read", f"training time ({hours_unit}, {'steps only' if steps_only else 'without pauses'})"
 
-    def hours(view: RunView) -> list[float]:
-        return [each * per_hour for each in view.hours]
+    def times(hours: Sequence[float | None]) -> list[float | None]:
+        return [None if hour is None else hour * per_hour for hour in hours]
 
     def of_steps(key: str) -> tuple[Values, Values]:
-        """A training figure against tokens and against hours."""
+        """A training figure against tokens and against time."""
         return (
             lambda view: ((record["tokens"], record.get(key)) for record in view.training),
-            lambda view: zip(hours(view), (record.get(key) for record in view.training), strict=True),
+            lambda view: zip(
+                times(hours_of[id(view)].training), [each.get(key) for each in view.training], strict=True
+            ),
         )
 
-    def evaluated(places: Callable[[RunView], Sequence[float]]) -> Values:
-        def values(view: RunView) -> Iterable[tuple[float | None, float | None]]:
-            place_of = dict(zip((record["step"] for record in view.training), places(view), strict=True))
-            return ((place_of.get(each["step"]), each["perplexity"]) for each in view.evaluations)
+    def perplexity_tokens(view: RunView) -> Iterable[tuple[float | None, float | None]]:
+        tokens_at = {record["step"]: record["tokens"] for record in view.training}
+        return ((tokens_at.get(each["step"]), each["perplexity"]) for each in view.evaluations)
 
-        return values
+    def perplexity_time(view: RunView) -> Iterable[tuple[float | None, float | None]]:
+        return zip(
+            times(hours_of[id(view)].evaluations), [each["perplexity"] for each in view.evaluations], strict=True
+        )
 
     loss_tokens, loss_hours = of_steps("loss_nats_per_token")
-    perplexity_tokens = evaluated(lambda view: [record["tokens"] for record in view.training])
     rate, norm, speed = (of_steps(key)[0] for key in ("learning_rate", "grad_norm", "tokens_per_second"))
     loss, perplexity, share = "training loss (nats per token)", "validation perplexity", SMOOTHED_SHARE
     drawn = [
         _lines(views, loss_tokens, "loss_tokens", "Training loss by tokens", tokens, loss, smoothed_share=share),
         _lines(views, loss_hours, "loss_hours", "Training loss by time", time, loss, smoothed_share=share),
         _lines(views, perplexity_tokens, "perplexity_tokens", "Validation perplexity by tokens", tokens, perplexity),
-        _lines(views, evaluated(hours), "perplexity_hours", "Validation perplexity by time", time, perplexity),
+        _lines(views, perplexity_time, "perplexity_hours", "Validation perplexity by time", time, perplexity),
         _memory_bars(views),
         _perplexity_memory(views),
         _lines(views, rate, "learning_rate", "Learning rate", tokens, "learning rate", from_zero=True),
@@ -109,9 +114,8 @@ def draw_pictures(views: Sequence[RunView]) -> list[Picture]:
     return [picture for picture in drawn if picture is not None]
 
 
-def _time_unit(views: Sequence[RunView]) -> tuple[str, float]:
-    """Hours, or a shorter unit where all runs are short; and how many of it an hour has."""
-    longest = max((view.hours[-1] for view in views if view.training), default=0.0)
+def _time_unit(longest: float) -> tuple[str, float]:
+    """Hours, or a shorter unit where so many are few; and how many of it an hour has."""
     return ("hours", 1.0) if longest >= 1 else ("minutes", 60.0) if longest * 60 >= 2 else ("seconds", 3600.0)
 
 

@@ -18,10 +18,12 @@ from velora_pretrain import __version__
 from velora_pretrain.plots import GREY, MODE_COLOURS
 from velora_pretrain.recipe import differences
 from velora_pretrain.report_figures import Picture, byte_unit
-from velora_pretrain.run_view import RunView, memory_of, printable
+from velora_pretrain.run_view import RunView, are_timed, memory_of, printable
 
 Cell = tuple[str, str]
 """A table's cell: its HTML, and its class."""
+MOST_SAMPLES = 4
+"""Samples of one evaluation on the page."""
 
 
 def render_page(views: Sequence[RunView], pictures: Sequence[tuple[Picture, str]], command: Sequence[str]) -> str:
@@ -37,6 +39,7 @@ def render_page(views: Sequence[RunView], pictures: Sequence[tuple[Picture, str]
         _section("Results", _results(views), note=_results_note(views)),
         _section("Over seeds", _over_seeds(views)),
         _section("Curves, memory and speed", _charts(pictures)),
+        _section("Samples", _samples(views)),
         _section("Settings that differ", _settings(views)),
         _section("Environment", _environment(views)),
         _section("Commands", _commands(views, command)),
@@ -109,7 +112,7 @@ def _results(views: Sequence[RunView]) -> str:
     unit, size = byte_unit(max(peaks, default=0))
     head = ["run", "mode", "state", "steps", "tokens", "time", "training loss", "perplexity"]
     head += ["as papers count", "bits/byte", f"{unit} of a step, predicted", "measured", "peak GiB", "tokens/s"]
-    rows = []
+    rows, steps_only = [], not are_timed(views)
     for view in views:
         summary, evaluation = view.summary or {}, view.final_evaluation
         last = view.training[-1] if view.training else {}
@@ -123,7 +126,7 @@ def _results(views: Sequence[RunView]) -> str:
                 (_state(view), ""),
                 _number(last.get("step", 0), ",", end=f" / {view.run.steps:,}"),
                 _number(last.get("tokens"), ","),
-                (_clock(view), "number"),
+                (_clock(view, steps_only=steps_only), "number"),
                 _number(last.get("loss_nats_per_token"), ".4f"),
                 _number(evaluation.get("perplexity"), ".2f"),
                 _number(evaluation.get("perplexity_paper"), ".2f"),
@@ -138,8 +141,9 @@ def _results(views: Sequence[RunView]) -> str:
 
 
 def _results_note(views: Sequence[RunView]) -> str:
+    time = "with evaluations and checkpoints, without pauses" if are_timed(views) else "that of training steps"
     notes = [
-        "Time is that of training steps. Perplexity is exp of nats over targets of the last evaluation; as papers count"
+        f"Time is {time}. Perplexity is exp of nats over targets of the last evaluation; as papers count"
         " is the biased number of the published code, far too low over few tokens. Memory of a step is what training"
         " holds at its peak; peak is the most that the device had allocated, or on a CPU the whole process."
     ]
@@ -177,6 +181,21 @@ def _over_seeds(views: Sequence[RunView]) -> str:
         )
     head = ["runs that differ in the seed alone", "mode", "seeds", "perplexity, mean ± sd", "tokens/s, median"]
     return _table(head, rows) if rows else ""
+
+
+def _samples(views: Sequence[RunView]) -> str:
+    """What each model wrote at its first, middle and last evaluation, behind the same beginnings."""
+    parts = []
+    for view in (view for view in views if view.samples):
+        steps = list(dict.fromkeys(each["step"] for each in view.samples))
+        rows = []
+        for step in dict.fromkeys([steps[0], steps[len(steps) // 2], steps[-1]]):
+            for each in [each for each in view.samples if each["step"] == step][:MOST_SAMPLES]:
+                rows.append([_number(step, ","), *((_passage(each[key]), "") for key in ("prompt", "continuation"))])
+        is_open = " open" if len(views) == 1 else ""
+        table = _table(["step", "beginning of a validation document", "what the model wrote next"], rows)
+        parts.append(f"<details{is_open}><summary>{_text(view.name)}</summary>\n{table}</details>\n")
+    return "".join(parts)
 
 
 def _settings(views: Sequence[RunView]) -> str:
@@ -261,6 +280,11 @@ def _text(value: object) -> str:
     return html.escape(printable(str(value)))
 
 
+def _passage(text: str) -> str:
+    """Text whose line breaks do not matter."""
+    return _text(" ".join(text.split()))
+
+
 def _code(text: str) -> str:
     lines = "\n".join(printable(line) for line in text.splitlines())
     return f"<pre><code>{html.escape(lines)}</code></pre>\n"
@@ -300,5 +324,6 @@ def _state(view: RunView) -> str:
     return f'<span class="{view.state}">{view.state}</span>'
 
 
-def _clock(view: RunView) -> str:
-    return str(timedelta(seconds=round(view.hours[-1] * 3600))) if view.training else "–"
+def _clock(view: RunView, *, steps_only: bool) -> str:
+    hours = view.hours(steps_only=steps_only).last
+    return str(timedelta(seconds=round(hours * 3600))) if view.training else "–"

@@ -74,6 +74,7 @@ def run_facts(view: RunView) -> dict[str, Any]:
         "steps": view.run.steps,
         "last_records": view.training[-LAST_RECORDS:],
         "evaluations": view.evaluations,
+        "samples": view.samples,
         "checkpoints": checkpoints,
         "summary": view.summary,
         "failure": view.failure,
@@ -114,6 +115,12 @@ def print_run(view: RunView, console: Console | None = None) -> None:
     _lines(
         console, "evaluations", (evaluation_line(evaluation_record(each)) for each in view.evaluations[-LAST_RECORDS:])
     )
+    samples = view.last_samples()
+    if samples:
+        console.print(Text(f"samples at step {samples[0]['step']}", style="dim"))
+        for each in samples:
+            prompt, text = (printable(" ".join(each[key].split())) for key in ("prompt", "continuation"))
+            console.print(Text.assemble("  ", prompt, (f" → {text}", "bold")), soft_wrap=True, highlight=False)
     _lines(
         console,
         "checkpoints",

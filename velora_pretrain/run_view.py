@@ -23,6 +23,21 @@ YOUNG_SECONDS = 120.0
 """Age of the newest record up to which a run without a lock file counts as running."""
 
 
+@dataclass(frozen=True)
+class Hours:
+    """When a run wrote its records, in hours since its beginning."""
+
+    training: list[float]
+    """One for each training record."""
+    evaluations: list[float | None]
+    """One for each evaluation; None where it is not known."""
+
+    @property
+    def last(self) -> float:
+        """The latest."""
+        return max((each for each in (*self.training, *self.evaluations) if each is not None), default=0.0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunView:
     """What a run folder holds."""
@@ -35,6 +50,8 @@ class RunView:
     """Training records, oldest first."""
     evaluations: list[dict[str, Any]]
     """Evaluation records, oldest first."""
+    samples: list[dict[str, Any]]
+    """What the model wrote at evaluations, oldest first: step, prompt, continuation."""
     summary: dict[str, Any] | None
     """summary.json of a finished run."""
     failure: dict[str, Any] | None
@@ -42,20 +59,43 @@ class RunView:
     state: State
 
     @property
-    def hours(self) -> list[float]:
-        """Hours of training steps up to each training record; evaluations, checkpoints and pauses are left out."""
-        hours, seconds, before = [], 0.0, 0
+    def is_timed(self) -> bool:
+        """Whether every record says how long the run had gone on for."""
+        return all(record.get("run_seconds") is not None for record in (*self.training, *self.evaluations))
+
+    def hours(self, *, steps_only: bool) -> Hours:
+        """The hours that the run had taken when it wrote its records.
+
+        Args:
+            steps_only: counts training steps alone; else, of a run that is timed, all but pauses.
+        """
+        if not steps_only:
+            training, evaluations = (
+                [record["run_seconds"] / 3600 for record in records] for records in (self.training, self.evaluations)
+            )
+            return Hours(training, evaluations)
+        training, seconds, before = [], 0.0, 0
         for record in self.training:
             speed = record.get("tokens_per_second")
             seconds += (record["tokens"] - before) / speed if speed else 0.0
             before = record["tokens"]
-            hours.append(seconds / 3600)
-        return hours
+            training.append(seconds / 3600)
+        at = dict(zip((record["step"] for record in self.training), training, strict=True))
+        return Hours(training, [at.get(record["step"]) for record in self.evaluations])
+
+    def last_samples(self) -> list[dict[str, Any]]:
+        """Those of the last evaluation that has any."""
+        return [each for each in self.samples if each["step"] == self.samples[-1]["step"]]
 
     @property
     def final_evaluation(self) -> dict[str, Any]:
         """The last evaluation there is; empty where there is none."""
         return (self.summary or {}).get("final_evaluation") or (self.evaluations[-1] if self.evaluations else {})
+
+
+def are_timed(views: Iterable[RunView]) -> bool:
+    """Whether all of the runs are timed, so that evaluations and checkpoints can be counted for each."""
+    return all(view.is_timed for view in views)
 
 
 def view_run(folder: RunFolder, *, name: str | None = None) -> RunView:
@@ -75,6 +115,7 @@ def view_run(folder: RunFolder, *, name: str | None = None) -> RunView:
         run=run,
         training=[record for record in records if "loss_nats_per_token" in record],
         evaluations=[record for record in records if "perplexity" in record],
+        samples=read_samples(folder),
         summary=read_object(folder.summary),
         failure=read_object(folder.failure),
         state=state_of(folder),
@@ -128,6 +169,20 @@ def read_records(folder: RunFolder) -> list[dict[str, Any]]:
         return list(folder.records())
     except OSError as error:
         raise UserError(f"{folder.metrics}: cannot be read as records ({error})") from None
+
+
+def read_samples(folder: RunFolder) -> list[dict[str, Any]]:
+    """All samples of a run, with text for prompt and continuation.
+
+    Raises:
+        UserError: a line is none; names the file.
+    """
+    try:
+        found = folder.logged_samples()
+    except OSError as error:
+        raise UserError(f"{folder.samples}: cannot be read as samples ({error})") from None
+    texts = ("prompt", "continuation")
+    return [{"step": each["step"]} | {key: str(each.get(key, "")) for key in texts} for each in found]
 
 
 def read_object(path: Path) -> dict[str, Any] | None:

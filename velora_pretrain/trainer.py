@@ -17,7 +17,7 @@ import shlex
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from velora_pretrain.modes import build_mode
 from velora_pretrain.nn.llama import Llama
 from velora_pretrain.optim.schedule import lr_multiplier
 from velora_pretrain.progress import Progress
-from velora_pretrain.records import RunFolder, TrainingRecord
+from velora_pretrain.records import EvaluationRecord, RunFolder, TrainingRecord
 from velora_pretrain.run_lock import RunLock
 from velora_pretrain.saving import CheckpointWriter
 from velora_pretrain.setup import agreed_checkpoint, prepare
@@ -145,6 +145,7 @@ class Trainer:
         )
         self.validation = Validation(self.prepared, folder, self.accelerator, self.placement)
         self.signals, self.is_stop_told = StopSignals(), False
+        self.memory_limit_bytes = memory_limit_bytes(self.device)
 
     @property
     def done_steps(self) -> int:
@@ -193,9 +194,7 @@ class Trainer:
 
     def _train(self) -> dict[str, Any]:
         run = self.run
-        limit = memory_limit_bytes(self.device)
-        name = str(self.folder.path)
-        self.display.start(name=name, steps=run.steps, done_steps=self.done_steps, memory_limit_bytes=limit)
+        self.display.start(name=str(self.folder.path), steps=run.steps, done_steps=self.done_steps)
         loader = TrainLoader(
             self.prepared.source,
             self.prepared.tokenizer,
@@ -344,12 +343,19 @@ class Trainer:
             loss_above_median_nats=progress.spikes.add(loss),
             skipped_steps=progress.skipped_steps or None,
             rollbacks=progress.rollbacks or None,
+            memory_limit_bytes=self.memory_limit_bytes,
             **shares,
         )
-        if self.accelerator.is_main_process:
-            self.folder.append(record)
+        self._record(record)
         self.display.step(record)
         return _StepEnd(stops > 0, due > 0)
+
+    def _record(self, record: TrainingRecord | EvaluationRecord) -> None:
+        """Puts a record into metrics.jsonl, with the time; the first process does."""
+        if self.accelerator.is_main_process:
+            run_seconds, unix_seconds = round(self.progress.seconds, 3), round(time.time(), 3)
+            record = replace(record, run_seconds=run_seconds, unix_seconds=unix_seconds)
+            self.folder.append(record)
 
     def _fail(self, step: int, loss: float, grad_norm: float) -> None:
         """Says which numbers of a step are not finite, and where.
@@ -457,7 +463,9 @@ class Trainer:
         try:
             if is_due and not self.progress.is_evaluated:
                 with self._leavable():
-                    record = self.validation.record(self.model, self.done_steps, self._evaluation_progress)
+                    record = self.validation.evaluate(self.model, self.done_steps, self._evaluation_progress)
+                # After its samples: a step that has a record is not evaluated again.
+                self._record(record)
                 self.progress.evaluated_steps.add(record.step)
                 self.display.evaluation(record)
         except _EvaluationCut:

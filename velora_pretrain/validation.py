@@ -19,11 +19,11 @@ from velora_pretrain.setup import Prepared
 
 
 class Validation:
-    """Scores a model on the run's validation documents, and records it.
+    """Scores a model on the run's validation documents.
 
     Args:
         prepared: what the run starts from.
-        folder: where it is recorded.
+        folder: takes samples, and failures.
         accelerator: the processes.
         placement: of the model.
     """
@@ -33,8 +33,8 @@ class Validation:
         self._accelerator, self._placement = accelerator, placement
         self._samples = SampleLog(folder.samples, prepared.run, prepared.validation, prepared.tokenizer)
 
-    def record(self, model: Llama, step: int, progress: Callable[[int], None]) -> EvaluationRecord:
-        """Evaluates after `step` optimizer steps.
+    def evaluate(self, model: Llama, step: int, progress: Callable[[int], None]) -> EvaluationRecord:
+        """Evaluates after `step` optimizer steps, and logs samples where they are asked for.
 
         Args:
             model: the adapted model.
@@ -71,9 +71,6 @@ class Validation:
             if accelerator.is_main_process:
                 self._folder.write_failure(step, reason)
             raise UserError(f"{reason}; lower the learning rate in a new run")
-        record = score.record(step)
         if accelerator.is_main_process:
-            # First the samples: a step that has a record is not evaluated again.
             self._samples.write(model, step)
-            self._folder.append(record)
-        return record
+        return score.record(step)
