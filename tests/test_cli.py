@@ -125,6 +125,8 @@ def mistake(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("train", ["--size", "--recipe"]),
         ("train --set seed=1", ["--size", "--recipe"]),
         ("train --size 61m", ["size: '61m' is not a size", "did you mean '60m'? "]),
+        ("train --size 60m --tracker wandbb", ["tracking.trackers: ", "did you mean 'wandb'? "]),
+        ("train --size 60m --tracker wandb --tracker wandb", ["tracking.trackers: a tracker is named twice"]),
         ("train --recipe recipes/quickstrt.toml", ["did you mean 'quickstart'"]),
         ("train --size 60m --mode velra", ["mode: ", "'velora'"]),
         ("train --size 60m --set optimizer.lrr=1", ["optimizer.lrr: no such key"]),
@@ -218,7 +220,7 @@ def test_options_reach_the_run(calls: Calls):
     arguments = (
         "--size 9m --mode velora --data sample --tokenizer bundled --steps 7 --batch-size 12 --micro-batch 3"
         " --sequence-length 64 --lr 0.5 --seed 4 --device cpu --precision bf16-mixed --run-dir here"
-        " --set optimizer.clip_norm=1.5 --set modes.velora.layers=all"
+        " --set optimizer.clip_norm=1.5 --set modes.velora.layers=all --tracker tensorboard"
     )
     assert status("train", *arguments.split()) == 0
     (call,) = calls.trained
@@ -227,6 +229,7 @@ def test_options_reach_the_run(calls: Calls):
     assert (run.batch.sequences, run.batch.micro_batch, run.batch.sequence_length) == (12, 3, 64)
     assert (run.lr, run.seed, run.device, run.precision) == (0.5, 4, "cpu", "bf16-mixed")
     assert (run.optimizer.clip_norm, run.modes.velora.layers) == (1.5, "all")
+    assert run.tracking.trackers == ("tensorboard",)
     assert (call["folder"], call["resume"]) == (Path("here"), False)
 
 
@@ -234,7 +237,7 @@ def test_the_options_that_stay_are_there(capsys: pytest.CaptureFixture[str], mon
     monkeypatch.setenv("COLUMNS", "200")
     names = {
         "train": "size mode recipe data tokenizer steps batch-size micro-batch sequence-length lr seed device precision"
-        " compile run-dir resume set",
+        " compile run-dir resume tracker set",
         "eval checkpoint": "data tokens device json",
         "compare memory": "size modes micro-batch sequence-length precision recompute update measure budget set json",
         "compare speed": "size modes micro-batch sequence-length precision recompute steps device compile set json",
@@ -532,6 +535,7 @@ def test_speed_is_timed_for_every_mode_and_for_modes_with_settings(monkeypatch: 
         ("train --recipe qu", ["quickstart"]),
         ("train --precision bf", ["bf16-mixed", "bf16"]),
         ("generate --device c", ["cpu", "cuda"]),
+        ("train --tracker t", ["tensorboard", "trackio"]),
     ],
 )
 def test_the_shell_completes_without_torch(typed: str, offered: list[str]):

@@ -163,6 +163,8 @@ def test_a_run_cannot_be_changed_and_its_hash_tells_runs_apart():
     with pytest.raises(ValidationError, match="frozen"):
         run.seed = 1  # pyright: ignore[reportAttributeAccessIssue]
     assert run.sha256 == Run(size="9m").sha256 != Run(size="9m", seed=1).sha256
+    tracked = Run.model_validate({"size": "9m", "tracking": {"trackers": ["wandb"], "project": "mine"}})
+    assert run.sha256 == tracked.sha256
 
 
 def test_every_mode_has_a_table_with_its_learning_rate():

@@ -65,8 +65,12 @@ def test_a_run_goes_on_with_another_number_of_processes(
     launches.assert_same(straight, again, rel=1e-5)
 
 
-def test_accelerate_launches_it_too(tiny_recipe: Callable[..., Path], tmp_path: Path, single: Single) -> None:
-    recipe = tiny_recipe(mode="velora", **launches.SETTINGS)
+def test_accelerate_launches_it_too(
+    tiny_recipe: Callable[..., Path], tmp_path: Path, single: Single, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Only the first process tracks, and that changes no number.
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    recipe = tiny_recipe(mode="velora", tracking__trackers=["wandb"], **launches.SETTINGS)
     # By its name for several GPUs: what it starts in several processes on CPUs needs MPI.
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
@@ -76,6 +80,7 @@ def test_accelerate_launches_it_too(tiny_recipe: Callable[..., Path], tmp_path: 
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "two" / "summary.json").read_text())["processes"] == 2
     launches.assert_same(single(recipe, "velora"), tmp_path / "two", rel=1e-5)
+    assert len(list((tmp_path / "two" / "wandb").glob("offline-run-*"))) == 1
 
 
 def test_compressed_gradients_are_what_is_exchanged(tiny_recipe: Callable[..., Path], tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import pytest
 from velora_pretrain.config import MODES
 from velora_pretrain.dimensions import SIZES
 from velora_pretrain.hints import closest, hint, nearest
+from velora_pretrain.sections import TRACKERS
 
 
 @pytest.mark.parametrize(
@@ -38,6 +39,9 @@ def test_sizes_are_near_as_numbers_are(word: str, size: str | None):
         ("GaLore", MODES, "galore"),
         ("velora+galore", MODES, "galore+velora"),
         ("flora+velra", MODES, "flora+velora"),
+        ("tensorbord", TRACKERS, "tensorboard"),
+        ("WandB", TRACKERS, "wandb"),
+        ("61m", TRACKERS, None),
         ("", MODES, None),
     ],
 )

@@ -34,6 +34,7 @@ from velora_pretrain.options import (
     SequenceLength,
     Settings,
     Size,
+    Trackers,
     completing,
     names_model,
     number_or_word,
@@ -115,6 +116,7 @@ def train(
             help="Go on with --run-dir, or with the newest run; steps and learning rate stay as recorded.",
         ),
     ] = False,
+    tracker: Trackers = None,
     settings: Settings = None,
 ) -> None:
     """Pre-train a model, evaluate it, and keep everything in a run folder."""
@@ -122,6 +124,7 @@ def train(
     from velora_pretrain.recipe import resolve
     from velora_pretrain.records import RunFolder, newest_run
     from velora_pretrain.tables import print_summary
+    from velora_pretrain.trackers import check_installed
 
     assignments = settings or []
     if not resume and size is None and recipe is None and not any(names_model(each) for each in assignments):
@@ -145,8 +148,10 @@ def train(
         "device": device,
         "precision": precision,
         "compile": compile,
+        "tracking.trackers": tracker or None,
     }
     run = resolve(recipe, options, assignments, recorded=recorded)
+    check_installed(run.tracking.trackers)
     folder = folder or RunFolder(run_dir or new_run_dir(run))
 
     from velora_pretrain.trainer import Interrupted

@@ -33,6 +33,7 @@ from velora_pretrain.sections import (
     OptimizerTable,
     ReadingTable,
     ScheduleTable,
+    TrackingTable,
 )
 
 ModeName = Literal["full", "galore", "lora", "flora", "velora", "galore+velora", "flora+velora", "lora+velora"]
@@ -314,6 +315,8 @@ class Run(Section):
     """Reading of documents."""
     distributed: DistributedTable = DistributedTable()
     """Several processes."""
+    tracking: TrackingTable = TrackingTable()
+    """Experiment trackers."""
     modes: ModesTable = ModesTable()
     """Settings of each mode."""
     compare: CompareTable = CompareTable()
@@ -407,5 +410,6 @@ class Run(Section):
 
     @property
     def sha256(self) -> str:
-        """Hash of the whole configuration."""
-        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+        """Hash of the configuration, but for where its records go as well: that is no part of what was run."""
+        settings = self.model_dump(mode="json", exclude={"tracking"})
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

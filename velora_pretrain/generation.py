@@ -11,6 +11,7 @@ import json
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -151,21 +152,24 @@ class SampleLog:
         self._path, self._run, self._validation, self._tokenizer = path, run, validation, tokenizer
         self._prompts: list[list[int]] | None = None
 
-    def write(self, model: Llama, step: int) -> None:
+    def write(self, model: Llama, step: int) -> list[dict[str, Any]]:
         """Adds a line for each prompt: `step`, `prompt`, `continuation`; the same model and step give the same.
 
         Args:
             model: as it is after `step` optimizer steps.
             step: optimizer steps done.
+
+        Returns:
+            The lines, as objects.
         """
         count = self._run.evaluation.samples
         if not count:
-            return
+            return []
         if self._prompts is None:
             self._prompts = self._beginnings(count)
         generator = torch.Generator().manual_seed((self._run.seed + step) % 2**63)
         # An evaluation that was cut off is done again.
-        lines = lines_up_to(self._path, step - 1)
+        lines, samples = lines_up_to(self._path, step - 1), []
         for prompt in self._prompts:
             new = continue_tokens(
                 model,
@@ -180,9 +184,10 @@ class SampleLog:
             # Where the prompt ends within a character, that belongs to the continuation.
             before = self._tokenizer.decode(prompt).rstrip("\N{REPLACEMENT CHARACTER}")
             text = self._tokenizer.decode([*prompt, *new])
-            sample = {"step": step, "prompt": before, "continuation": text.removeprefix(before)}
-            lines.append(json.dumps(sample) + "\n")
+            samples.append({"step": step, "prompt": before, "continuation": text.removeprefix(before)})
+        lines += [json.dumps(sample) + "\n" for sample in samples]
         write_atomically(self._path, "".join(lines).encode())
+        return samples
 
     def _beginnings(self, count: int) -> list[list[int]]:
         batches = evaluation_batches(

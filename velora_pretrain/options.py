@@ -47,6 +47,12 @@ def _recipes() -> Iterable[str]:
     return sorted(bundled_recipes())
 
 
+def _trackers() -> Iterable[str]:
+    from velora_pretrain.sections import TRACKERS
+
+    return TRACKERS
+
+
 DEVICES = ("auto", "cpu", "cuda", "mps")
 Size = Annotated[
     str | None,
@@ -90,6 +96,15 @@ Precision = Annotated[
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", help="Any recipe key; repeatable. By default none.", metavar="DOTTED.KEY=VALUE"),
+]
+Trackers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tracker",
+        help="tensorboard, wandb or trackio, beside metrics.jsonl; repeatable. By default the recipe's, else none.",
+        metavar="NAME",
+        autocompletion=completing(_trackers),
+    ),
 ]
 Json = Annotated[
     str | None,

@@ -6,6 +6,7 @@
       checkpoints/step-00000100/      see `checkpoint.py`
       samples.jsonl                   continuations at each evaluation, where asked for: step, prompt, continuation
       summary.json                    final figures
+      tensorboard/, wandb/            what trackers keep, where they were asked for; tracking.json: the run's id there
       failure.json                    step and reason, where the numbers failed and ended the run
       run.lock                        held by the process that trains here, see `run_lock.py`
 

@@ -5,7 +5,7 @@ A field's docstring is its help text.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Strict, model_validator
 
@@ -13,6 +13,9 @@ from velora_pretrain.dimensions import Section
 
 AsList = Strict(False)
 """For tuples: their values come as the lists of TOML and JSON, which strict types would refuse."""
+TrackerName = Literal["tensorboard", "wandb", "trackio"]
+TRACKERS: tuple[TrackerName, ...] = get_args(TrackerName)
+"""Experiment trackers, each of which comes with the extra of its name."""
 
 
 class ModelTable(Section):
@@ -172,3 +175,18 @@ class DistributedTable(Section):
     sharding: Literal["none", "full"] = "none"
     """none: each process has the whole model and its states; full: some rows of every weight and state, gathered block
     by block for each pass (FSDP, arXiv 2304.11277), for modes that move each row by itself."""
+
+
+class TrackingTable(Section):
+    """`[tracking]`: where a run's records go beside metrics.jsonl; none of it changes a number of the run."""
+
+    trackers: Annotated[tuple[TrackerName, ...], AsList] = ()
+    """Any of tensorboard, wandb and trackio, each with the extra of its name; by default none."""
+    project: str = Field(default="velora-pretrain", min_length=1)
+    """Project that the run belongs to in wandb and trackio."""
+
+    @model_validator(mode="after")
+    def _each_once(self) -> TrackingTable:
+        if len(set(self.trackers)) < len(self.trackers):
+            raise ValueError("tracking.trackers: a tracker is named twice")
+        return self

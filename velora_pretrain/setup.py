@@ -41,6 +41,7 @@ MAY_CHANGE = (
     "evaluation.sample",
     "reading.max_bad_lines",
     "reading.prefetch_batches",
+    "tracking.",
 )
 """Keys, or beginnings of keys, that a resumed run may change: they leave the numbers as they are, to rounding."""
 

@@ -15,7 +15,7 @@ import hashlib
 import math
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,6 +45,7 @@ from velora_pretrain.setup import agreed_checkpoint, prepare
 from velora_pretrain.shards import placed
 from velora_pretrain.signals import Interrupted, LeaveStep, StopSignals, ignore_termination
 from velora_pretrain.summary import summarise
+from velora_pretrain.trackers import Trackers
 from velora_pretrain.validation import Validation
 
 DISK_ERRORS = (
@@ -146,6 +147,10 @@ class Trainer:
         self.validation = Validation(self.prepared, folder, self.accelerator, self.placement)
         self.signals, self.is_stop_told = StopSignals(), False
         self.memory_limit_bytes = memory_limit_bytes(self.device)
+        names = run.tracking.trackers if self.accelerator.is_main_process else ()
+        self.trackers = Trackers(names, run, folder, step=steps, warn=display.warn)
+        # To start them may take longer than processes wait for each other within a pass.
+        meet(self.accelerator)
 
     @property
     def done_steps(self) -> int:
@@ -156,8 +161,9 @@ class Trainer:
         restore(path, model=self.own, optimizer=self.optimizer, part=self.placement.part)
 
     def close(self) -> None:
-        """Returns when no checkpoint is being written any more."""
+        """Returns when no checkpoint is being written any more, and the trackers have what they were given."""
         self.writer.close()
+        self.trackers.close()
 
     def train(self) -> dict[str, Any]:
         """Runs to the end; see `train`."""
@@ -350,12 +356,13 @@ class Trainer:
         self.display.step(record)
         return _StepEnd(stops > 0, due > 0)
 
-    def _record(self, record: TrainingRecord | EvaluationRecord) -> None:
-        """Puts a record into metrics.jsonl, with the time; the first process does."""
+    def _record(self, record: TrainingRecord | EvaluationRecord, samples: Sequence[dict[str, Any]] = ()) -> None:
+        """Puts a record into metrics.jsonl, with the time, and from there to the trackers; the first process does."""
         if self.accelerator.is_main_process:
             run_seconds, unix_seconds = round(self.progress.seconds, 3), round(time.time(), 3)
             record = replace(record, run_seconds=run_seconds, unix_seconds=unix_seconds)
             self.folder.append(record)
+            self.trackers.log(record, samples)
 
     def _fail(self, step: int, loss: float, grad_norm: float) -> None:
         """Says which numbers of a step are not finite, and where.
@@ -397,6 +404,7 @@ class Trainer:
         meet(self.accelerator)
         if self.accelerator.is_main_process:
             self.folder.forget_after(self.done_steps)
+            self.trackers.go_back(self.done_steps)
             set_aside_newer(self.folder, path)
         self.display.note(f"went back to {path}; the data go on after those of step {step}")
 
@@ -463,9 +471,9 @@ class Trainer:
         try:
             if is_due and not self.progress.is_evaluated:
                 with self._leavable():
-                    record = self.validation.evaluate(self.model, self.done_steps, self._evaluation_progress)
+                    record, samples = self.validation.evaluate(self.model, self.done_steps, self._evaluation_progress)
                 # After its samples: a step that has a record is not evaluated again.
-                self._record(record)
+                self._record(record, samples)
                 self.progress.evaluated_steps.add(record.step)
                 self.display.evaluation(record)
         except _EvaluationCut:

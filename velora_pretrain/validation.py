@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 from accelerate import Accelerator
 
@@ -33,13 +34,18 @@ class Validation:
         self._accelerator, self._placement = accelerator, placement
         self._samples = SampleLog(folder.samples, prepared.run, prepared.validation, prepared.tokenizer)
 
-    def evaluate(self, model: Llama, step: int, progress: Callable[[int], None]) -> EvaluationRecord:
+    def evaluate(
+        self, model: Llama, step: int, progress: Callable[[int], None]
+    ) -> tuple[EvaluationRecord, list[dict[str, Any]]]:
         """Evaluates after `step` optimizer steps, and logs samples where they are asked for.
 
         Args:
             model: the adapted model.
             step: optimizer steps done.
             progress: told the targets scored so far; what it raises ends the evaluation.
+
+        Returns:
+            The record, and the samples, which the first process has.
 
         Raises:
             UserError: the loss is not finite, or the documents cannot be read.
@@ -71,6 +77,4 @@ class Validation:
             if accelerator.is_main_process:
                 self._folder.write_failure(step, reason)
             raise UserError(f"{reason}; lower the learning rate in a new run")
-        if accelerator.is_main_process:
-            self._samples.write(model, step)
-        return score.record(step)
+        return score.record(step), self._samples.write(model, step) if accelerator.is_main_process else []
