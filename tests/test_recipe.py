@@ -153,6 +153,25 @@ def test_a_mistake_in_a_recipe_names_the_file(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
+    ("options", "assignments", "place"),
+    [
+        ({"tracking.trackers": ["wandbb"]}, [], "command line: tracking.trackers: "),
+        ({}, ["optimizer.lrr=1"], "command line: optimizer.lrr: "),
+        ({}, ["optimiser.lr=1"], "command line: optimiser: "),
+        ({}, ["modes.velora={layer='all'}"], "command line: modes.velora.layer: "),
+        ({"size": "61m"}, [], "command line: size: "),
+        ({"seed": 5}, [], "mine.toml: optimizer.momentum: "),
+        ({}, ["optimizer.eps=1"], "mine.toml: optimizer.momentum: "),
+    ],
+)
+def test_a_mistake_that_was_given_is_not_the_recipes(tmp_path: Path, options: dict, assignments: list[str], place: str):
+    path = tmp_path / "mine.toml"
+    path.write_text('size = "9m"\n' + ("[optimizer]\nmomentum = 0.9\n" if "mine" in place else ""))
+    message = refusal(str(path), options, assignments)
+    assert message.removeprefix(f"{tmp_path}/").startswith(place)
+
+
+@pytest.mark.parametrize(
     ("content", "part"),
     [
         (b'size = "9m"\nseed = = 3\n', "line 2"),

@@ -204,8 +204,14 @@ def resolve(recipe: str | None, options: dict[str, Any], assignments: list[str],
                 _table(values["modes"], mode).pop("lr", None)
         if "sequences" in _table(given, "batch"):
             _table(values, "batch").pop("micro_batch", None)
-    run = build_run(_overlaid(values, options, assignments), where=recipe or "command line")
     given_keys = _flatten(given)
+    where = recipe or "command line"
+    try:
+        run = build_run(_overlaid(values, options, assignments), where=where)
+    except UserError as error:
+        key, colon, problem = str(error).removeprefix(f"{where}: ").partition(": ")
+        is_given = any(f"{each}.".startswith(f"{key}.") or key.startswith(f"{each}.") for each in given_keys)
+        raise UserError(f"{'command line' if is_given else where}: {key}{colon}{problem}") from None
     for key, reason in run.unused.items():
         if key in given_keys:
             raise UserError(f"command line: {key}: {reason}")
