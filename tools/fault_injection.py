@@ -118,7 +118,8 @@ def counted_retries() -> Iterator[_Retries]:
 def read_texts(source: Source, seed: int) -> list[str]:
     """One pass over the documents in the order that the seed draws."""
     options = {"shuffle_block_documents": SHUFFLE_BLOCK_DOCUMENTS, "max_bad_lines": 0, "repeat": False}
-    return [text for block in read_blocks(source, seed=seed, **options) for text in block.texts]
+    blocks = read_blocks(source, seed=seed, **options)
+    return [text for block in blocks for text in block.texts if isinstance(text, str)]
 
 
 def measure(source: Source, *, requests: int, fault_rate: float, seed: int, timeout_seconds: float) -> dict[str, Any]:

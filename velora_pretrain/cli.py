@@ -16,6 +16,7 @@ import typer
 
 from velora_pretrain import __version__
 from velora_pretrain.compare_commands import compare_app
+from velora_pretrain.data_commands import data_app
 from velora_pretrain.errors import UserError
 from velora_pretrain.options import (
     DATA_HELP,
@@ -52,6 +53,7 @@ app = typer.Typer(
 eval_app = typer.Typer(help="Evaluate what was trained.")
 app.add_typer(eval_app, name="eval")
 app.add_typer(compare_app, name="compare")
+app.add_typer(data_app, name="data")
 
 
 def _show_version(is_asked: bool) -> bool:

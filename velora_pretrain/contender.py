@@ -87,6 +87,7 @@ def batches_of(run: Run, device: torch.device, tell: Callable[[str], None] = lam
     try:
         from velora_pretrain.data.c4 import resolve
         from velora_pretrain.data.loader import TrainLoader
+        from velora_pretrain.data.token_cache import with_tokens
         from velora_pretrain.data.tokenizer import check_vocabulary, load_tokenizer
     except ImportError as error:
         tell(f"random tokens in place of text, no time for data: {error}")
@@ -94,8 +95,9 @@ def batches_of(run: Run, device: torch.device, tell: Callable[[str], None] = lam
         return
     tokenizer = load_tokenizer(run.tokenizer)
     check_vocabulary(tokenizer, run.llama.vocab_size)
+    source = resolve(run.data, split="train", holdout_every_documents=run.reading.holdout_every_documents)
     loader = TrainLoader(
-        resolve(run.data, split="train", holdout_every_documents=run.reading.holdout_every_documents),
+        with_tokens(source, tokenizer, run.reading.token_cache)[0],
         tokenizer,
         packing=run.packing,
         sequence_length=run.batch.sequence_length,

@@ -21,6 +21,7 @@ from velora_pretrain.checkpoint_files import STATE_FILE, DamagedCheckpoint, newe
 from velora_pretrain.config import Precision, ReadingTable, Run
 from velora_pretrain.data.c4 import Source, resolve
 from velora_pretrain.data.loader import IGNORE_INDEX, Batch, evaluation_batches
+from velora_pretrain.data.token_cache import with_tokens
 from velora_pretrain.data.tokenizer import check_vocabulary, load_tokenizer
 from velora_pretrain.devices import autocast, pick_device
 from velora_pretrain.display import Display
@@ -178,6 +179,10 @@ def evaluate_checkpoint(
     source = validation_source(run, data)
     if source.fallback_reason:
         display.warn(f"{source.fallback_reason}; scored on the bundled sample instead of C4")
+    setting = run.reading.token_cache if run else "auto"
+    source, remarks = with_tokens(source, tokenizer, setting, for_evaluation=True)
+    for remark in remarks:
+        display.note(remark)
     limit = tokens or (run.evaluation.tokens if run else 10_000_000)
     batches = evaluation_batches(
         source,

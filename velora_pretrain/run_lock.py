@@ -22,10 +22,22 @@ ATTEMPTS, SECONDS_BETWEEN_ATTEMPTS = 5, 0.1
 
 
 class RunLock:
-    """The right to write to a run folder, from `take` to `release`; a context manager that releases it."""
+    """The right to write to a folder, from `take` to `release`; a context manager that releases it.
 
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / LOCK_FILE
+    Args:
+        folder: the folder.
+        file: name of the locked file in it.
+        busy: what to say of another process that has the lock.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        file: str = LOCK_FILE,
+        busy: str = "is training in this folder; wait for it, stop it, or give another --run-dir",
+    ) -> None:
+        self._path, self._busy = folder / file, busy
         self._descriptor: int | None = None
 
     def take(self) -> None:
@@ -42,7 +54,7 @@ class RunLock:
             # Python opens it so that no child inherits it, and with it the lock.
             descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            raise UserError(f"{folder}: the run folder cannot be written ({error.strerror})") from None
+            raise UserError(f"{folder}: the folder cannot be written ({error.strerror})") from None
         try:
             is_locked = _is_locked(descriptor)
         except OSError as error:
@@ -51,9 +63,7 @@ class RunLock:
         if not is_locked:
             holder = _holder(descriptor)
             os.close(descriptor)
-            raise UserError(
-                f"{folder}: {holder} is training in this folder; wait for it, stop it, or give another --run-dir"
-            )
+            raise UserError(f"{folder}: {holder} {self._busy}")
         self._descriptor = descriptor
         # For the message alone: a full disk is told by whoever writes what matters.
         with contextlib.suppress(OSError):

@@ -167,6 +167,9 @@ class ReadingTable(Section):
     """Of data without validation files, every so many-th document is kept from training, for validation."""
     prefetch_batches: PositiveInt = 4
     """Batches read and tokenised ahead of the training step."""
+    token_cache: str = "auto"
+    """What `data tokenise` wrote, used where it fits data and tokenizer: auto looks beside the data; a folder, what
+    --output named; none tokenises anew. The batches are the same."""
 
 
 class DistributedTable(Section):

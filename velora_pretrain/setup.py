@@ -19,8 +19,10 @@ from velora_pretrain.checkpoint_files import (
     verified_state,
 )
 from velora_pretrain.config import Run
-from velora_pretrain.data.c4 import Source, resolve
+from velora_pretrain.data.c4 import Source, is_c4, resolve
 from velora_pretrain.data.loader import evaluation_batches
+from velora_pretrain.data.needs import check_at_hand
+from velora_pretrain.data.token_cache import with_tokens
 from velora_pretrain.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from velora_pretrain.display import Display
 from velora_pretrain.distributed import largest, meet, of_first_process
@@ -41,6 +43,7 @@ MAY_CHANGE = (
     "evaluation.sample",
     "reading.max_bad_lines",
     "reading.prefetch_batches",
+    "reading.token_cache",
     "tracking.",
 )
 """Keys, or beginnings of keys, that a resumed run may change: they leave the numbers as they are, to rounding."""
@@ -97,11 +100,18 @@ def prepare(
     validation = validation_source(run)
     tokenizer = load_tokenizer(run.tokenizer)
     check_vocabulary(tokenizer, run.llama.vocab_size)
+    source, remarks = with_tokens(source, tokenizer, run.reading.token_cache)
+    validation, more = with_tokens(validation, tokenizer, run.reading.token_cache, for_evaluation=True)
+    for remark in dict.fromkeys(remarks + more):
+        display.note(remark)
     _check_validation(run, validation, tokenizer)
     run = _with_micro_batch(run, accelerator)
     path, state = agreed_checkpoint(folder, accelerator, display.warn) if resume else (None, {})
     if resume and path is None:
         display.note(f"{folder.path}: no whole checkpoint yet, starting from the beginning")
+    elsewhere = check_at_hand(run, source, validation, first_position=_first_position(state))
+    if elsewhere:
+        display.note(elsewhere)
     # Every process has looked at the folder before the first one changes it.
     meet(accelerator)
     if accelerator.is_main_process:
@@ -194,6 +204,12 @@ def _check_validation(run: Run, validation: Source, tokenizer: Tokenizer) -> Non
     raise UserError(f"{validation.name}: not one validation document has a token; give other or more text")
 
 
+def _first_position(state: dict[str, Any]) -> int:
+    """Place in the order of shards that a run goes on from; beyond the first epoch it needs them all."""
+    cursor = state.get("cursor") or {}
+    return cursor.get("shard_position", 0) if cursor.get("epoch") == 0 else 0
+
+
 def _recorded_run(run: Run, folder: RunFolder, *, resume: bool) -> Run | None:
     if resume:
         return folder.read_run()
@@ -220,7 +236,9 @@ def _reconciled(run: Run, recorded: Run, folder: RunFolder) -> Run:
         batch = run.batch.model_copy(update={"micro_batch": recorded.batch.micro_batch})
         run = run.model_copy(update={"batch": batch})
     for key, (given, was) in differences(run, recorded).items():
-        if not key.startswith(MAY_CHANGE):
+        # Documents and their order are those of C4, wherever they are read; the cursor is held against them.
+        is_same = key in ("data", "validation_data") and is_c4(given) and is_c4(was)
+        if not (key.startswith(MAY_CHANGE) or is_same):
             raise UserError(
                 f"{key}: {given!r} was asked for, but the run in {folder.path} has {was!r}; leave it out to go on, or"
                 " start a new run in another --run-dir"

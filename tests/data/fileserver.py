@@ -25,6 +25,8 @@ class FileServer:
     """Also sent with `statuses`."""
     content_type: str = "application/octet-stream"
     redirects: dict[str, str] = field(default_factory=dict)
+    redirect_headers: dict[str, dict[str, str]] = field(default_factory=dict)
+    """By path, sent with `redirects`."""
     etags: list[str] = field(default_factory=list)
     requests: list[tuple[str, dict[str, str]]] = field(default_factory=list)
     url: str = ""
@@ -44,7 +46,8 @@ def _handler(server: FileServer) -> type[http.server.BaseHTTPRequestHandler]:
             if server.statuses:
                 return self._plain(server.statuses.pop(0), **server.headers)
             if path in server.redirects:
-                return self._plain(302, Location=server.redirects[path])
+                headers = server.redirect_headers.get(path, {})
+                return self._plain(302, Location=server.redirects[path], **headers)
             if path not in server.files:
                 return self._plain(404)
             return self._file(server.files[path])

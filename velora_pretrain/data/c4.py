@@ -17,24 +17,24 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from velora_pretrain.data import remote, source
+from velora_pretrain.data.manifest import Split, c4_shards, is_fetched, read_manifest
+from velora_pretrain.data.shard_tokens import ShardTokens
 from velora_pretrain.errors import UserError
 from velora_pretrain.hints import nearest
 
 logger = logging.getLogger(__name__)
 
-Split = Literal["train", "validation"]
-C4_FOLDER = "hf://datasets/allenai/c4/en"
-C4_NUM_SHARDS = {"train": 1024, "validation": 8}
 AUTO_TIMEOUT_SECONDS = 5.0
 C4_TIMEOUT_SECONDS = 15.0
 PROBE_DELAY_SECONDS = 0.5
+OFFLINE = "HF_HUB_OFFLINE is set, so the Hugging Face hub is not asked"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,6 +49,11 @@ class Source:
     """Which documents of the shards belong to this source."""
     holdout_every_documents: int = 1000
     """Unless `part` is "all": record n of a shard, counted from 0, is for validation if n + 1 is a multiple of this."""
+    copies: Mapping[str, str] | None = None
+    """Of a folder with copies of some shards: the files, by shard; they are read in their places, and the others from
+    the hub. None of any other data."""
+    tokens: Mapping[str, ShardTokens] = dataclasses.field(default_factory=dict)
+    """What was tokenised before, by shard; read in place of the text."""
     fallback_reason: str | None = None
     """Why `auto` took the sample and not C4; None if it did not."""
 
@@ -97,21 +102,18 @@ def resolve(
         from velora_pretrain.data.sample import sample_file
 
         shards: tuple[str, ...] = (str(sample_file()),)
+    elif not remote.is_remote(data) and is_fetched(folder := Path(data).expanduser()):
+        manifest = read_manifest(folder)
+        return Source(name=data, shards=manifest.shards(split), copies=manifest.copies(folder, split))
     else:
         shards = _named_shards(data)
     return Source(name=data, shards=shards, part=part, holdout_every_documents=holdout_every_documents)
 
 
-def c4_shards(split: Split) -> tuple[str, ...]:
-    """The files of C4 `en` on the hub."""
-    count = C4_NUM_SHARDS[split]
-    return tuple(f"{C4_FOLDER}/c4-{split}.{n:05d}-of-{count:05d}.json.gz" for n in range(count))
-
-
 def hub_fault(timeout_seconds: float) -> str | None:
     """Why C4 cannot be read from the hub, found out within `timeout_seconds`; None if it can."""
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
-        return "HF_HUB_OFFLINE is set, so the Hugging Face hub is not asked"
+    if is_offline():
+        return OFFLINE
     faults: list[str | None] = []
 
     deadline = time.monotonic() + timeout_seconds
@@ -135,6 +137,16 @@ def hub_fault(timeout_seconds: float) -> str | None:
     thread.join(timeout_seconds)
     reason = faults[0] if faults else f"nothing within {timeout_seconds:.0f} s"
     return reason and f"the Hugging Face hub ({remote.hub_endpoint()}) does not answer ({reason})"
+
+
+def is_c4(data: object) -> bool:
+    """Whether --data means C4 in its order, read from the hub or from a folder of copies."""
+    return data == "c4" or (isinstance(data, str) and is_fetched(Path(data).expanduser()))
+
+
+def is_offline() -> bool:
+    """Whether the user wants the hub left alone."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
 
 
 def _named_shards(data: str) -> tuple[str, ...]:
@@ -189,7 +201,7 @@ class Block:
 
     start: Cursor
     """Of the first of `texts`."""
-    texts: Sequence[str]
+    texts: Sequence[str | source.Tokenised]
 
 
 def permutation(count: int, *key: int) -> list[int]:
@@ -250,7 +262,8 @@ def _read_shard(
 ) -> Iterator[tuple[Block, Cursor]]:
     """The blocks of one shard as they stand in it, each with the place after it; the last one is empty."""
     name = documents.shards[shard]
-    records = source.read_records(name, skip_records=cursor.record, wanted=documents.holds)
+    records = _records(documents, name, cursor)
+    name = (documents.copies or {}).get(name, name)
     with contextlib.closing(records):
         while True:
             texts, following = _read_block(records, cursor, name, shuffle_block_documents, max_bad_lines)
@@ -265,11 +278,31 @@ def _read_shard(
             cursor = following
 
 
+def _records(documents: Source, shard: str, cursor: Cursor) -> Generator[source.Record, None, None]:
+    """The records of a shard: from its tokens if they lie ready, its copy if there is one, else where it is named."""
+    wanted = {"skip_records": cursor.record, "wanted": documents.holds}
+    if shard in documents.tokens:
+        yield from documents.tokens[shard].records(**wanted)
+    elif documents.copies is None or shard in documents.copies:
+        yield from source.read_records((documents.copies or {}).get(shard, shard), **wanted)
+    else:
+        try:
+            if is_offline():
+                raise ConnectionError(OFFLINE)
+            yield from source.read_records(shard, **wanted)
+        except ConnectionError as error:
+            more = f"--shards above {cursor.shard_position}" if "train." in shard else "a larger evaluation.tokens"
+            raise UserError(
+                f"{documents.name}: holds no copy of {shard}, and it cannot be read from the hub ({error}); fetch it:"
+                f" `velora-pretrain data fetch --to {documents.name}` with {more}"
+            ) from error
+
+
 def _read_block(
     records: Iterator[source.Record], start: Cursor, shard: str, limit: int, max_bad_lines: int
-) -> tuple[list[str], Cursor]:
+) -> tuple[list[str | source.Tokenised], Cursor]:
     """Up to `limit` documents as they stand in the shard, and the place after them."""
-    texts: list[str] = []
+    texts: list[str | source.Tokenised] = []
     record, bad_lines, empty_documents = start.record, start.bad_lines, start.empty_documents
     while len(texts) < limit and (found := next(records, None)) is not None:
         record = found.number + 1
@@ -279,7 +312,7 @@ def _read_block(
             if bad_lines > max_bad_lines:
                 raise UserError(f"{message}; mend it or raise max_bad_lines (now {max_bad_lines})")
             logger.warning("%s; skipped (%d of at most %d)", message, bad_lines, max_bad_lines)
-        elif not found.text or found.text.isspace():
+        elif isinstance(found.text, str) and (not found.text or found.text.isspace()):
             empty_documents += 1
         else:
             texts.append(found.text)

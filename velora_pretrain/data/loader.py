@@ -17,7 +17,7 @@ Stages 1 to 5 run ahead in a thread. sentencepiece and zlib release the interpre
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path, PurePath
 from typing import Any, Protocol, runtime_checkable
 
@@ -28,6 +28,7 @@ from torch import Tensor
 from velora_pretrain.data.c4 import Block, Cursor, Source, read_blocks
 from velora_pretrain.data.packing import PACKINGS, Document, Packing, Sequences, grouped, limited
 from velora_pretrain.data.prefetch import Prefetcher
+from velora_pretrain.data.source import Tokenised
 from velora_pretrain.errors import UserError
 
 IGNORE_INDEX = -100
@@ -148,6 +149,7 @@ class TrainLoader:
             max_bad_lines=max_bad_lines,
             cursor=start,
         )
+        _check_tokens(source, tokenizer)
         packer = _packing(packing, sequence_length, tokenizer)
         chunks = _packed(_tokenised(blocks, lambda texts: [(ids, None) for ids in tokenizer.encode(texts)]), packer)
         self._batches = Prefetcher(
@@ -217,6 +219,7 @@ def evaluation_batches(
         shuffle=False,
         repeat=False,
     )
+    _check_tokens(source, tokenizer)
     packer = _packing(packing, sequence_length, tokenizer)
     chunks = _packed(_tokenised(blocks, tokenizer.encode_with_bytes), packer)
     if max_target_tokens is not None:
@@ -248,15 +251,30 @@ def _tokenised(
             is_whole = block.start == Cursor(epoch=block.start.epoch)
             begun_epoch, has_tokens = block.start.epoch, not is_whole
         for first in range(0, len(block.texts), CHUNK_DOCUMENTS):
-            encoded = encode(list(block.texts[first : first + CHUNK_DOCUMENTS]))
+            encoded = _encoded(block.texts[first : first + CHUNK_DOCUMENTS], encode)
             documents = []
             for place, (tokens, token_bytes) in enumerate(encoded, start=first):
                 # Only the very first document can be begun already.
                 cursor = block.start if place == 0 else _at(block.start, place)
-                if tokens:
+                if len(tokens):
                     has_tokens = True
                     documents.append(Document(cursor, tokens, token_bytes))
             yield documents
+
+
+def _encoded(
+    texts: Sequence[str | Tokenised], encode: Callable[[list[str]], Iterable[tuple[list[int], list[int] | None]]]
+) -> Iterable[tuple[Any, Any]]:
+    """Tokens of each document; those of a shard all lie ready, or none."""
+    if texts and isinstance(texts[0], Tokenised):
+        return texts  # pyright: ignore[reportReturnType]
+    return encode(list(texts))  # pyright: ignore[reportArgumentType]
+
+
+def _check_tokens(source: Source, tokenizer: DocumentTokenizer) -> None:
+    """What lies ready is of this tokenizer: whoever found it has seen to that."""
+    sha256 = getattr(tokenizer, "sha256", None)
+    assert all(tokens.meta.tokenizer_sha256 == sha256 for tokens in source.tokens.values())
 
 
 def _at(start: Cursor, place: int) -> Cursor:

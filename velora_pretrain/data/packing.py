@@ -25,8 +25,8 @@ class Document(NamedTuple):
 
     cursor: Cursor
     """Its place; `cursor.token` of its tokens (EOS included) are already in an earlier sequence."""
-    tokens: Sequence[int]
-    token_bytes: Sequence[int] | None = None
+    tokens: Sequence[int] | NDArray[np.integer]
+    token_bytes: Sequence[int] | NDArray[np.integer] | None = None
     """UTF-8 bytes of the text that each token stands for."""
 
 
@@ -105,7 +105,9 @@ class Packing(Protocol):
         ...
 
 
-def pad_rows(rows: Sequence[Sequence[int]], length: int, *, last: int, fill: int) -> NDArray[np.int64]:
+def pad_rows(
+    rows: Sequence[Sequence[int] | NDArray[np.integer]], length: int, *, last: int, fill: int
+) -> NDArray[np.int64]:
     """Rows cut to `length` - 1 values, `last` after each, `fill` up to `length`.
 
     Returns:
@@ -114,7 +116,10 @@ def pad_rows(rows: Sequence[Sequence[int]], length: int, *, last: int, fill: int
     cut = [row[: length - 1] for row in rows]
     lengths = np.fromiter(map(len, cut), np.int64, len(cut))
     padded = np.full((len(cut), length), fill, np.int64)
-    values = np.fromiter(itertools.chain.from_iterable(cut), np.int64, int(lengths.sum()))
+    if cut and isinstance(cut[0], np.ndarray):
+        values = np.concatenate(cut)
+    else:
+        values = np.fromiter(itertools.chain.from_iterable(cut), np.int64, int(lengths.sum()))
     padded[np.arange(length) < lengths[:, None]] = values
     padded[np.arange(len(cut)), lengths] = last
     return padded
@@ -132,7 +137,7 @@ class Padder:
         return Sequences(
             pad_rows([document.tokens for document in documents], self._length, last=self._eos_id, fill=self._pad_id),
             np.array(lengths, np.int64),
-            pad_rows([document.token_bytes or () for document in documents], self._length, last=0, fill=0),
+            pad_rows([_bytes_of(document) for document in documents], self._length, last=0, fill=0),
             [_next_document(document.cursor) for document in documents],
         )
 
@@ -158,10 +163,11 @@ class Packer:
         position = len(self._tokens)
         for document in documents:
             used, total = document.cursor.token, len(document.tokens) + 1
-            counts = np.zeros(total, np.int64)
+            ids, counts = np.full(total, self._eos_id, np.int64), np.zeros(total, np.int64)
+            ids[:-1] = document.tokens
             if document.token_bytes is not None:
                 counts[:-1] = document.token_bytes
-            tokens.append(np.array([*document.tokens, self._eos_id], np.int64)[used:])
+            tokens.append(ids[used:])
             token_bytes.append(counts[used:])
             self._documents.append((position - used, total, document.cursor))
             position += total - used
@@ -200,6 +206,10 @@ def _place(document: tuple[int, int, Cursor], at: int) -> Cursor:
     """The place `at` among the kept tokens, told from the document there; at its end, that of the next document."""
     first, total, cursor = document
     return _next_document(cursor) if at - first >= total else dataclasses.replace(cursor, token=at - first)
+
+
+def _bytes_of(document: Document) -> Sequence[int] | NDArray[np.integer]:
+    return () if document.token_bytes is None else document.token_bytes
 
 
 def _next_document(cursor: Cursor) -> Cursor:

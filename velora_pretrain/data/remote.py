@@ -17,7 +17,9 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from typing import Any
+from collections.abc import Mapping
+from email.message import Message
+from typing import Any, NamedTuple
 
 from velora_pretrain.errors import UserError
 
@@ -34,7 +36,7 @@ CHUNK_BYTES = 1 << 20
 OVERLAP_BYTES = 64
 _HUB = "hf://datasets/"
 _RETRIED_STATUS = {408, 416, 425, 429}
-_VALIDATORS = ("ETag", "Last-Modified")
+VALIDATORS = ("ETag", "Last-Modified")
 _answering_servers: set[str] = set()
 
 
@@ -80,16 +82,40 @@ def request(shard: str, *, first_byte: int = 0, last_byte: int | None = None) ->
     return built
 
 
-def open_url(asked: urllib.request.Request, *, timeout_seconds: float) -> http.client.HTTPResponse:
-    """Send a request; proxies and certificates as the environment sets them."""
+def open_url(
+    asked: urllib.request.Request, *, timeout_seconds: float, redirects: list[Message] | None = None
+) -> http.client.HTTPResponse:
+    """Send a request; proxies and certificates as the environment sets them.
+
+    Args:
+        asked: The request.
+        timeout_seconds: Longest silence.
+        redirects: Takes the headers of each reply that sent us on.
+    """
     server = asked.host  # urllib puts a proxy's name in its place
+    opener = urllib.request.build_opener(
+        urllib.request.HTTPSHandler(context=_certificates()), _Redirects([] if redirects is None else redirects)
+    )
     try:
-        response = urllib.request.urlopen(asked, timeout=timeout_seconds, context=_certificates())
+        response = opener.open(asked, timeout=timeout_seconds)
     except urllib.error.HTTPError:
         _answering_servers.add(server)
         raise
     _answering_servers.add(server)
     return response
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows as ever, and keeps what the replies on the way have said."""
+
+    def __init__(self, seen: list[Message]):
+        self._seen = seen
+
+    def redirect_request(
+        self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> urllib.request.Request | None:
+        self._seen.append(headers)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 @functools.cache
@@ -101,6 +127,23 @@ def _certificates() -> ssl.SSLContext:
 
         context.load_verify_locations(certifi.where())
     return context
+
+
+class OtherBytes(ConnectionError):
+    """What was read before is not what the server has."""
+
+
+class Delivered(NamedTuple):
+    """What another `HttpFile` has read of a file before, perhaps in another process."""
+
+    position_bytes: int = 0
+    last_bytes: bytes = b""
+    """The `OVERLAP_BYTES` before the position."""
+    validators: Mapping[str, str] = {}
+    """The file's ETag and Last-Modified, as far as the server sends them."""
+
+
+NOTHING = Delivered()
 
 
 class HttpFile(io.RawIOBase):
@@ -121,13 +164,12 @@ class HttpFile(io.RawIOBase):
     Bytes that are wrong in the middle of a right reply are left to the checksums of the compressed formats.
     """
 
-    def __init__(self, shard: str):
+    def __init__(self, shard: str, before: Delivered = NOTHING):
         self._shard = shard
         self._server = urllib.parse.urlsplit(web_address(shard)).netloc
-        self._position_bytes = 0
-        self._last_bytes = b""
+        self._position_bytes, self._last_bytes = before.position_bytes, before.last_bytes
         self._size_bytes: int | None = None
-        self._validators: dict[str, str] = {}
+        self._validators = dict(before.validators)
         self._is_over = False
         self._response: http.client.HTTPResponse | None = None
 
@@ -149,7 +191,7 @@ class HttpFile(io.RawIOBase):
             except urllib.error.HTTPError as error:
                 error.close()
                 if error.code < 500 and error.code not in _RETRIED_STATUS:
-                    raise UserError(f"{self._shard}: {_refusal(error.code)}") from error
+                    raise UserError(f"{self._shard}: {refusal(error.code)}") from error
                 fault: Exception = error
             except (OSError, http.client.HTTPException) as error:
                 fault = error
@@ -236,11 +278,11 @@ class HttpFile(io.RawIOBase):
 
     def _compare(self, response: http.client.HTTPResponse, size_bytes: int | None) -> None:
         """Hold what a reply says of the file against what those before it said, once bytes of it are delivered."""
-        validators = {name: response.headers[name] for name in _VALIDATORS if name in response.headers}
+        validators = {name: response.headers[name] for name in VALIDATORS if name in response.headers}
         if not self._position_bytes:
             self._validators, self._size_bytes = validators, size_bytes
             return
-        shared = next((name for name in _VALIDATORS if name in validators and name in self._validators), None)
+        shared = next((name for name in VALIDATORS if name in validators and name in self._validators), None)
         is_changed = shared is not None and validators[shared] != self._validators[shared]
         is_too_small = size_bytes is not None and size_bytes < self._position_bytes
         is_disputed = is_too_small or (None not in (size_bytes, self._size_bytes) and size_bytes != self._size_bytes)
@@ -264,7 +306,7 @@ class HttpFile(io.RawIOBase):
             start_byte += len(dropped)
             seen = (seen + dropped)[-OVERLAP_BYTES:]
         if not self._last_bytes.endswith(seen):
-            raise ConnectionError(f"the reply has other bytes before byte {self._position_bytes} than were read there")
+            raise OtherBytes(f"the reply has other bytes before byte {self._position_bytes} than were read there")
 
     def _disconnect(self) -> None:
         if self._response is not None:
@@ -286,7 +328,8 @@ def _asked_delay_seconds(fault: Exception) -> float:
     return min(float(asked), MAX_RETRY_AFTER_SECONDS) if asked.isdecimal() else 0.0
 
 
-def _refusal(status: int) -> str:
+def refusal(status: int) -> str:
+    """Why a server does not give a file, and what to do."""
     if status in (404, 410):
         return f"no such file (HTTP {status}); check the address"
     return f"the server refuses it (HTTP {status}); check the address and your access to it"

@@ -21,6 +21,9 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from velora_pretrain.data.remote import CHUNK_BYTES, HttpFile, is_remote
 from velora_pretrain.errors import UserError
 
@@ -29,12 +32,21 @@ MAX_LINE_BYTES = 1 << 30
 PARQUET_BATCH_ROWS = 256
 
 
+class Tokenised(NamedTuple):
+    """A document whose tokens lie ready, in place of its text."""
+
+    tokens: NDArray[np.integer]
+    """Without EOS."""
+    token_bytes: NDArray[np.integer] | None
+    """UTF-8 bytes of the text that each token stands for; None where nobody asks."""
+
+
 class Record(NamedTuple):
     """One line or row of a shard."""
 
     number: int
     """Place in the shard from 0. Every line and row has one, be it good, bad or blank."""
-    text: str | None
+    text: str | Tokenised | None
     """The document; None if the record is bad."""
     fault: str | None
     """What is wrong with it; None if the record is good."""

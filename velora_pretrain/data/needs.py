@@ -1,0 +1,98 @@
+"""Which shards of C4 a run reads, in its order, and whether they are at hand."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Callable
+
+from velora_pretrain.config import Run
+from velora_pretrain.data.c4 import AUTO_TIMEOUT_SECONDS, Source, hub_fault, permutation
+from velora_pretrain.data.manifest import Split
+from velora_pretrain.errors import UserError
+
+DOCUMENTS_PER_SHARD: dict[Split, int] = {"train": 364_868_892 // 1024, "validation": 364_608 // 8}
+"""Of C4 `en`."""
+TOKENS_PER_DOCUMENT = 400
+"""Fewer than the 500 or so of C4 with T5's tokenizer, so that packed runs have some shards to spare."""
+TARGETS_PER_DOCUMENT = 100
+"""Half of what padding to the published 256 tokens leaves of a document on average, for the same reason."""
+
+
+def shards_needed(run: Run, split: Split, total: int) -> int:
+    """How many shards a run reads of a split that has so many.
+
+    With `pad` every sequence is a document, so the number of training shards is known; the others are estimates from
+    above.
+    """
+    length = run.batch.sequence_length
+    if split == "validation":
+        per_document = min(TARGETS_PER_DOCUMENT, length // 2)
+        documents = run.evaluation.tokens / per_document
+    else:
+        documents = run.steps * run.batch.sequences
+        if run.packing == "pack":
+            documents *= length / TOKENS_PER_DOCUMENT
+    return min(total, math.ceil(documents / DOCUMENTS_PER_SHARD[split]))
+
+
+def in_order(shards: tuple[str, ...], seed: int) -> list[str]:
+    """Training shards as a run with this seed of the data order reads them in its first epoch."""
+    return [shards[number] for number in permutation(len(shards), seed, 0)]
+
+
+def check_at_hand(
+    run: Run,
+    source: Source,
+    validation: Source,
+    *,
+    first_position: int = 0,
+    probe: Callable[[float], str | None] = hub_fault,
+) -> str | None:
+    """Sees at the start that a folder with copies of C4 has what a run reads, or that the hub has the rest.
+
+    Args:
+        run: The run.
+        source: Its training documents.
+        validation: Its validation documents.
+        first_position: Place in the order of the first training shard that it still reads.
+        probe: Says within so many seconds why the hub cannot be used, or None if it can.
+
+    Returns:
+        A line that says what will be read from the hub; None if nothing.
+
+    Raises:
+        UserError: Something is missing, and the hub cannot be used.
+    """
+    wanted: list[tuple[str, Source, list[str]]] = []
+    if source.copies is not None:
+        count = shards_needed(run, "train", len(source.shards))
+        shards = in_order(source.shards, run.shuffle_seed)[:count]
+        wanted.append(("training", source, shards[first_position:]))
+    if validation.copies is not None:
+        count = shards_needed(run, "validation", len(validation.shards))
+        wanted.append(("validation", validation, list(validation.shards[:count])))
+    lacking, command = [], ""
+    for what, documents, shards in wanted:
+        here = sum(shard in (documents.copies or {}) for shard in shards)
+        if here < len(shards):
+            lacking.append(f"{here} of the {len(shards)} {what} shards that this run reads")
+            command = fetch_command(run, documents.name, len(source.shards))
+    if not lacking:
+        return None
+    folder = wanted[0][1].name
+    fault = probe(AUTO_TIMEOUT_SECONDS)
+    if fault is None:
+        return f"{folder} holds {' and '.join(lacking)}; the others are read from the hub, or fetched by: {command}"
+    raise UserError(f"{folder}: holds {' and '.join(lacking)}, and {fault}; fetch them: {command}, or lower the steps")
+
+
+def fetch_command(run: Run, folder: str, total: int) -> str:
+    """The command that brings what a run reads of so many training shards."""
+    order = f"--seed {run.seed}"
+    if run.reading.shuffle_seed is not None:
+        order = f"--set reading.shuffle_seed={run.reading.shuffle_seed}"
+    return (
+        f"`velora-pretrain data fetch --to {shlex.quote(folder)} --shards {shards_needed(run, 'train', total)} {order}"
+        f" --set evaluation.tokens={run.evaluation.tokens}`"
+    )

@@ -1,0 +1,183 @@
+"""The commands that bring data to hand: `data fetch` and `data tokenise`."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from velora_pretrain.errors import UserError
+from velora_pretrain.options import INTERRUPTED, Recipe, Settings, Size, names_model
+
+data_app = typer.Typer(help="Bring data to hand: shards of C4 in a folder, tokens that lie ready.")
+
+
+@data_app.command()
+def fetch(
+    to: Annotated[Path, typer.Option(help="Folder for the files; `train --data` takes it.")],
+    shards: Annotated[
+        int | None, typer.Option(help="Training shards, 319 MB each; by default as many as the run reads.", min=1)
+    ] = None,
+    recipe: Recipe = None,
+    size: Size = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps; by default as for train.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences per step; by default as for train.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the data order, as for train; by default the recipe's, else 0.")
+    ] = None,
+    validation: Annotated[
+        bool, typer.Option(help="Bring also the validation shards that the run's evaluations read, 40 MB each.")
+    ] = True,
+    connections: Annotated[int, typer.Option(help="Files that are fetched at a time.", min=1, max=64)] = 4,
+    settings: Settings = None,
+) -> None:
+    """Download the shards of C4 that a run reads first, for `train --data`; go on where it was interrupted."""
+    from rich.console import Console
+
+    from velora_pretrain.bars import Bars
+    from velora_pretrain.data.c4 import OFFLINE, is_offline
+    from velora_pretrain.data.fetch import Fetch
+    from velora_pretrain.data.manifest import Manifest, c4_shards, is_fetched, read_manifest
+    from velora_pretrain.data.needs import in_order, shards_needed
+    from velora_pretrain.recipe import resolve
+    from velora_pretrain.records import GIB
+    from velora_pretrain.run_lock import RunLock
+
+    assignments = settings or []
+    is_run_known = recipe is not None or size is not None or any(names_model(each) for each in assignments)
+    if shards is None and not is_run_known:
+        raise UserError("how many shards? Give --recipe or --size, of which they are counted, or --shards")
+    options = {
+        "size": size if is_run_known else "60m",  # whose order of the data is that of any size
+        "schedule.steps": steps,
+        "batch.sequences": batch_size,
+        "seed": seed,
+    }
+    run = resolve(recipe, options, assignments)
+    if run.data not in ("c4", "auto") and recipe is not None:
+        raise UserError(
+            f"{recipe}: reads {run.data}, of which nothing is fetched; add --set data=c4 to read C4 instead"
+        )
+    if str(to) in ("auto", "c4", "sample"):
+        raise UserError(f"--to {to}: train would take --data {to} for the word; name the folder otherwise, say c4-en")
+    if is_offline():
+        raise UserError(f"data fetch: {OFFLINE}; unset it")
+    train, held_out = c4_shards("train"), c4_shards("validation")
+    count = shards_needed(run, "train", len(train)) if shards is None else shards
+    if count > len(train):
+        raise UserError(f"--shards {count}: C4 has {len(train)}")
+    wanted = in_order(train, run.shuffle_seed)[:count]
+    if validation:
+        wanted += held_out[: shards_needed(run, "validation", len(held_out))]
+    again = "go on with the same command"
+    with RunLock(to, file="fetch.lock", busy="is fetching into this folder; wait for it, or stop it") as lock:
+        lock.take()
+        manifest = Manifest()
+        if is_fetched(to):
+            try:
+                manifest = read_manifest(to)
+            except UserError as error:
+                print(f"{error.args[0].partition(';')[0]}; what lies there is checked anew")
+        manifest.write(to)
+        console = Console()
+        if shards is None:
+            how = "" if run.packing == "pad" else ", by estimate"
+            print(f"{run.name}: {run.steps:,} steps read {count} of the {len(train):,} training shards{how}")
+        bars = Bars(console, "bytes")
+        work = Fetch(to, manifest, bars=bars)
+        try:
+            with bars:
+                work.run(wanted, connections=connections)
+        except KeyboardInterrupt:
+            whole = sum(work.is_whole(shard) for shard in wanted)
+            print(f"stopped: {whole} of {len(wanted)} files are whole in {to}, others may be there in part; {again}")
+            raise typer.Exit(INTERRUPTED) from None
+        except ConnectionError as error:
+            raise ConnectionError(f"{error}; whole files stay in {to}: {again}") from error
+    total_bytes = sum(work.manifest.files[shard.rpartition("/")[2]].size_bytes for shard in wanted)
+    print(
+        f"{to}: training shards 1 to {count} of the order that seed {run.shuffle_seed} draws, and {len(wanted) - count}"
+        f" for validation; {len(wanted)} files, {total_bytes / GIB:.2f} GiB, {bars.ended_files} of them fetched now"
+    )
+    what = f"--recipe {shlex.quote(recipe)}" if recipe else f"--size {run.size if is_run_known else 'SIZE'}"
+    what += "" if seed is None else f" --seed {seed}"
+    print(f"train on them with: velora-pretrain train {what} --data {shlex.quote(str(to))}")
+
+
+@data_app.command()
+def tokenise(
+    data: Annotated[str, typer.Option(help="sample, or a path, folder or glob, as for train.")],
+    tokenizer: Annotated[
+        str, typer.Option(help="bundled, a SentencePiece model's path, or a hub name, as for train.")
+    ] = "bundled",
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for the tokens, which reading.token_cache must name then; by default beside the data."
+        ),
+    ] = None,
+    for_evaluation: Annotated[
+        bool,
+        typer.Option(
+            "--for-evaluation",
+            help="Keep also how many bytes each token stands for, without which evaluations read the text;"
+            " validation shards that were fetched have it always.",
+        ),
+    ] = False,
+    processes: Annotated[
+        int | None, typer.Option(help="Shards that are tokenised at a time; by default as many as cores.", min=1)
+    ] = None,
+) -> None:
+    """Tokenise data once: every later run on it with this tokenizer reads the tokens, and the same batches."""
+    from rich.console import Console
+
+    from velora_pretrain.bars import Bars, short_count
+    from velora_pretrain.data.c4 import resolve
+    from velora_pretrain.data.shard_tokens import Meta
+    from velora_pretrain.data.token_cache import local_shards
+    from velora_pretrain.data.tokenise import jobs_for, usable_cores
+    from velora_pretrain.data.tokenise import tokenise as write_tokens
+    from velora_pretrain.data.tokenizer import load_tokenizer
+    from velora_pretrain.records import GIB
+
+    if data in ("auto", "c4") or data.startswith(("http://", "https://", "hf://")):
+        raise UserError(
+            f"--data {data}: is read over the network; fetch it first, for C4 by `velora-pretrain data fetch`, and give"
+            " the folder"
+        )
+    began = time.monotonic()
+    source = resolve(data, split="train", separate=True)
+    model = load_tokenizer(tokenizer)
+    jobs, ready = jobs_for(list(local_shards(source).values()), model, output=output, with_bytes=for_evaluation)
+    if source.copies is not None:
+        held_out = resolve(data, split="validation", separate=True)
+        more, more_ready = jobs_for(list(local_shards(held_out).values()), model, output=output, with_bytes=True)
+        jobs, ready = jobs + more, ready + more_ready
+    if not jobs and not ready:
+        raise UserError(f"{data}: holds no shard yet; fetch some by `velora-pretrain data fetch --to {data}`")
+    written: list[Meta] = []
+    bars = Bars(Console(), "tokens")
+
+    def done(meta: Meta) -> None:
+        written.append(meta)
+        bars.end(meta.shard, f"{short_count(meta.num_tokens)} tokens")
+
+    try:
+        with bars:
+            bars.start(files=len(jobs))
+            write_tokens(jobs, processes=processes or usable_cores(), tell=bars.advance, done=done)
+    except KeyboardInterrupt:
+        whole = len(written) + ready
+        print(f"stopped: {whole} of {len(jobs) + ready} shards are tokenised; go on with the same command")
+        raise typer.Exit(INTERRUPTED) from None
+    tokens, records = sum(meta.num_tokens for meta in written), sum(meta.num_records for meta in written)
+    size_bytes = sum(sum(meta.sizes_bytes().values()) for meta in written)
+    print(
+        f"{data}: {len(written)} shards tokenised in {time.monotonic() - began:.0f} s, {ready} were before;"
+        f" {records:,} documents, {short_count(tokens)} tokens, {size_bytes / GIB:.2f} GiB"
+    )
+    if output is not None:
+        print(f"runs read them with: --set reading.token_cache={shlex.quote(str(output))}")
