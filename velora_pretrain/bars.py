@@ -48,7 +48,7 @@ class Bars:
         columns: list[ProgressColumn] = [name, SpinnerColumn(), _TokensColumn(), TimeElapsedColumn()]
         if what == "bytes":
             columns = [
-                *(name, BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn()),
+                *(name, BarColumn(), DownloadColumn(), TransferSpeedColumn()),
                 TimeRemainingColumn(),
             ]
         self._progress = Progress(*columns, console=console)
@@ -117,7 +117,8 @@ class Bars:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._progress.stop()
+        if self._is_live:  # elsewhere it would leave an empty line
+            self._progress.stop()
 
 
 def short_count(count: int | float) -> str:

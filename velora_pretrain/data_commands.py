@@ -43,7 +43,6 @@ def fetch(
     from velora_pretrain.data.manifest import Manifest, c4_shards, is_fetched, read_manifest
     from velora_pretrain.data.needs import in_order, shards_needed
     from velora_pretrain.recipe import resolve
-    from velora_pretrain.records import GIB
     from velora_pretrain.run_lock import RunLock
 
     assignments = settings or []
@@ -100,7 +99,7 @@ def fetch(
     total_bytes = sum(work.manifest.files[shard.rpartition("/")[2]].size_bytes for shard in wanted)
     print(
         f"{to}: training shards 1 to {count} of the order that seed {run.shuffle_seed} draws, and {len(wanted) - count}"
-        f" for validation; {len(wanted)} files, {total_bytes / GIB:.2f} GiB, {bars.ended_files} of them fetched now"
+        f" for validation; {len(wanted)} files, {total_bytes / 1e9:.2f} GB, {bars.ended_files} of them fetched now"
     )
     what = f"--recipe {shlex.quote(recipe)}" if recipe else f"--size {run.size if is_run_known else 'SIZE'}"
     what += "" if seed is None else f" --seed {seed}"
@@ -141,7 +140,6 @@ def tokenise(
     from velora_pretrain.data.tokenise import jobs_for, usable_cores
     from velora_pretrain.data.tokenise import tokenise as write_tokens
     from velora_pretrain.data.tokenizer import load_tokenizer
-    from velora_pretrain.records import GIB
 
     if data in ("auto", "c4") or data.startswith(("http://", "https://", "hf://")):
         raise UserError(
@@ -177,7 +175,7 @@ def tokenise(
     size_bytes = sum(sum(meta.sizes_bytes().values()) for meta in written)
     print(
         f"{data}: {len(written)} shards tokenised in {time.monotonic() - began:.0f} s, {ready} were before;"
-        f" {records:,} documents, {short_count(tokens)} tokens, {size_bytes / GIB:.2f} GiB"
+        f" {records:,} documents, {short_count(tokens)} tokens, {size_bytes / 1e9:.2f} GB"
     )
     if output is not None:
         print(f"runs read them with: --set reading.token_cache={shlex.quote(str(output))}")

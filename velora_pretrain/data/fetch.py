@@ -26,7 +26,6 @@ from velora_pretrain.bars import Bars
 from velora_pretrain.data import remote
 from velora_pretrain.data.manifest import FetchedFile, Manifest
 from velora_pretrain.errors import UserError
-from velora_pretrain.records import GIB
 
 ATTEMPTS = 3
 """Times that a file is fetched whose size or hash is not what the hub says."""
@@ -189,7 +188,7 @@ class Fetch:
         free_bytes = shutil.disk_usage(self._folder).free
         if size_bytes > free_bytes:
             raise UserError(
-                f"{self._folder}: {size_bytes / GIB:.2f} GiB are to be fetched and {free_bytes / GIB:.2f} GiB are free;"
+                f"{self._folder}: {size_bytes / 1e9:.2f} GB are to be fetched and {free_bytes / 1e9:.2f} GB are free;"
                 " make room, or give fewer --shards or another --to"
             )
 
@@ -212,7 +211,7 @@ class Fetch:
             if sha256 == facts.sha256 or (facts.sha256 is None and size_bytes == facts.size_bytes):
                 part.replace(path)
                 self._note(path.name, FetchedFile(size_bytes=size_bytes, sha256=sha256, revision=facts.revision))
-                self._bars.end(path.name, f"{size_bytes / 2**20:.1f} MiB")
+                self._bars.end(path.name, f"{size_bytes / 1e6:.1f} MB")
                 return
             if facts.sha256 is not None:
                 part.unlink()

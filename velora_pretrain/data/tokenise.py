@@ -139,27 +139,27 @@ def tokenise(jobs: Sequence[Job], *, processes: int, tell: Tell, done: Callable[
         return
     context = multiprocessing.get_context("spawn")
     news, stop = context.SimpleQueue(), context.Event()
-    with ProcessPoolExecutor(
+    pool = ProcessPoolExecutor(
         min(processes, len(jobs)), context, initializer=_begin_work, initargs=(jobs[0].tokenizer, news, stop)
-    ) as pool:
+    )
+    try:
         waiting: set[Future[Meta]] = {pool.submit(_work, job) for job in jobs}
-        try:
-            while waiting:
-                finished, waiting = wait(waiting, POLL_SECONDS, FIRST_COMPLETED)
-                while not news.empty():
-                    tell(*news.get())
-                for each in finished:
-                    done(each.result())
-        except BrokenProcessPool as error:
-            raise UserError(
-                "a process that tokenised was killed, perhaps for want of memory; what is whole stays: run the same"
-                " command again, with a smaller --processes"
-            ) from error
-        finally:
-            stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
+        while waiting:
+            finished, waiting = wait(waiting, POLL_SECONDS, FIRST_COMPLETED)
             while not news.empty():
-                news.get()
+                tell(*news.get())
+            for each in finished:
+                done(each.result())
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a process that tokenised was killed, perhaps for want of memory; what is whole stays: run the same"
+            " command again, with a smaller --processes"
+        ) from error
+    finally:
+        stop.set()
+        while not news.empty():
+            news.get()
+        pool.shutdown(cancel_futures=True)
 
 
 class _Stopped(Exception):
