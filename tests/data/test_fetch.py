@@ -365,6 +365,13 @@ def test_the_start_of_a_run_says_what_is_not_at_hand(files, command, tmp_path, m
             UserError, match=r"holds 3 of the 4 training shards that this run reads, and away; fetch them"
         ):
             check(8, "away")
+        # Packed, it is an estimate: 8 steps of 8 sequences of 32 tokens, 10 of them a document.
+        monkeypatch.setattr(needs, "TOKENS_PER_DOCUMENT", 10)
+        packed = run_of(tiny_run, schedule__steps=8, packing="pack")
+        remark = check_at_hand(packed, source, held_out, probe=lambda _: "away")
+        assert (
+            remark and "holds 3 of the 11 training shards that this run reads by estimate, and away; if they" in remark
+        )
         # A run that goes on behind the third does not need the first three.
         (to / names("train", 1)[0]).unlink()
         source = resolve(str(to), split="train")

@@ -62,29 +62,38 @@ def check_at_hand(
         A line that says what will be read from the hub; None if nothing.
 
     Raises:
-        UserError: Something is missing, and the hub cannot be used.
+        UserError: Something is missing, and the hub cannot be used. Where the need is only an estimate, a run may go on
+            until what is there is used up: it is not lost then. An evaluation that fails would lose what was trained
+            since the last checkpoint, so that what it needs is asked for, rather too much than too little.
     """
-    wanted: list[tuple[str, Source, list[str]]] = []
+    lacking: list[str] = []
+    remedies: list[str] = []
+    folder, is_certain = "", False
     if source.copies is not None:
         count = shards_needed(run, "train", len(source.shards))
-        shards = in_order(source.shards, run.shuffle_seed)[:count]
-        wanted.append(("training", source, shards[first_position:]))
-    if validation.copies is not None:
-        count = shards_needed(run, "validation", len(validation.shards))
-        wanted.append(("validation", validation, list(validation.shards[:count])))
-    lacking, command = [], ""
-    for what, documents, shards in wanted:
-        here = sum(shard in (documents.copies or {}) for shard in shards)
+        shards = in_order(source.shards, run.shuffle_seed)[first_position:count]
+        here = sum(shard in source.copies for shard in shards)
         if here < len(shards):
-            lacking.append(f"{here} of the {len(shards)} {what} shards that this run reads")
-            command = fetch_command(run, documents.name, len(source.shards))
+            lacking.append(f"{here} of the {len(shards)} training shards")
+            remedies.append("schedule.steps")
+            folder, is_certain = source.name, run.packing == "pad"
+    if validation.copies is not None:
+        shards = validation.shards[: shards_needed(run, "validation", len(validation.shards))]
+        here = sum(shard in validation.copies for shard in shards)
+        if here < len(shards):
+            lacking.append(f"{here} of the {len(shards)} validation shards")
+            remedies.append("evaluation.tokens")
+            folder, is_certain = validation.name, True
     if not lacking:
         return None
-    folder = wanted[0][1].name
+    held = f"{folder}: holds {' and '.join(lacking)} that this run reads"
+    command = fetch_command(run, folder, len(source.shards))
     fault = probe(AUTO_TIMEOUT_SECONDS)
     if fault is None:
-        return f"{folder} holds {' and '.join(lacking)}; the others are read from the hub, or fetched by: {command}"
-    raise UserError(f"{folder}: holds {' and '.join(lacking)}, and {fault}; fetch them: {command}, or lower the steps")
+        return f"{held}; the others are read from the hub, or fetched by: {command}"
+    if not is_certain:
+        return f"{held} by estimate, and {fault}; if they do not last, it stops with a checkpoint; to fetch: {command}"
+    raise UserError(f"{held}, and {fault}; fetch them: {command}, or lower {' and '.join(remedies)}")
 
 
 def fetch_command(run: Run, folder: str, total: int) -> str:

@@ -108,7 +108,10 @@ def check_shard(meta: Meta, shard: Path) -> None:
     Raises:
         Unusable: They are not, or may not be.
     """
-    now = shard.stat()
+    try:
+        now = shard.stat()
+    except OSError as error:
+        raise Unusable(f"{shard} cannot be read ({error.strerror})") from None
     if meta.shard != shard.name or meta.shard_size_bytes != now.st_size:
         raise Unusable(f"{shard.name} had {meta.shard_size_bytes} bytes when it was tokenised, now {now.st_size}")
     if meta.shard_mtime_ns != now.st_mtime_ns:
