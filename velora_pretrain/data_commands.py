@@ -40,8 +40,8 @@ def fetch(
     from velora_pretrain.bars import Bars
     from velora_pretrain.data.c4 import OFFLINE, is_offline
     from velora_pretrain.data.fetch import Fetch
-    from velora_pretrain.data.manifest import Manifest, c4_shards, is_fetched, read_manifest
-    from velora_pretrain.data.needs import in_order, shards_needed
+    from velora_pretrain.data.manifest import take_manifest
+    from velora_pretrain.data.needs import shards_to_fetch
     from velora_pretrain.recipe import resolve
     from velora_pretrain.run_lock import RunLock
 
@@ -64,28 +64,18 @@ def fetch(
         raise UserError(f"--to {to}: train would take --data {to} for the word; name the folder otherwise, say c4-en")
     if is_offline():
         raise UserError(f"data fetch: {OFFLINE}; unset it")
-    train, held_out = c4_shards("train"), c4_shards("validation")
-    count = shards_needed(run, "train", len(train)) if shards is None else shards
-    if count > len(train):
-        raise UserError(f"--shards {count}: C4 has {len(train)}")
-    wanted = in_order(train, run.shuffle_seed)[:count]
-    if validation:
-        wanted += held_out[: shards_needed(run, "validation", len(held_out))]
-    again = "go on with the same command"
+    wanted = shards_to_fetch(run, count=shards, validation=validation)
+    count, again = sum("train." in shard for shard in wanted), "go on with the same command"
     with RunLock(to, file="fetch.lock", busy="is fetching into this folder; wait for it, or stop it") as lock:
         lock.take()
-        manifest = Manifest()
-        if is_fetched(to):
-            try:
-                manifest = read_manifest(to)
-            except UserError as error:
-                print(f"{error.args[0].partition(';')[0]}; what lies there is checked anew")
-        manifest.write(to)
-        console = Console()
+        manifest, remark = take_manifest(to)
+        if remark:
+            print(remark)
         if shards is None:
             how = "" if run.packing == "pad" else ", by estimate"
-            print(f"{run.name}: {run.steps:,} steps read {count} of the {len(train):,} training shards{how}")
-        bars = Bars(console, "bytes")
+            total = manifest.num_shards["train"]
+            print(f"{run.name}: {run.steps:,} steps read {count} of the {total:,} training shards{how}")
+        bars = Bars(Console(), "bytes")
         work = Fetch(to, manifest, bars=bars)
         try:
             with bars:
@@ -134,28 +124,14 @@ def tokenise(
     from rich.console import Console
 
     from velora_pretrain.bars import Bars, short_count
-    from velora_pretrain.data.c4 import resolve
     from velora_pretrain.data.shard_tokens import Meta
-    from velora_pretrain.data.token_cache import local_shards
-    from velora_pretrain.data.tokenise import jobs_for, usable_cores
+    from velora_pretrain.data.token_jobs import jobs_of
     from velora_pretrain.data.tokenise import tokenise as write_tokens
+    from velora_pretrain.data.tokenise import usable_cores
     from velora_pretrain.data.tokenizer import load_tokenizer
 
-    if data in ("auto", "c4") or data.startswith(("http://", "https://", "hf://")):
-        raise UserError(
-            f"--data {data}: is read over the network; fetch it first, for C4 by `velora-pretrain data fetch`, and give"
-            " the folder"
-        )
     began = time.monotonic()
-    source = resolve(data, split="train", separate=True)
-    model = load_tokenizer(tokenizer)
-    jobs, ready = jobs_for(list(local_shards(source).values()), model, output=output, with_bytes=for_evaluation)
-    if source.copies is not None:
-        held_out = resolve(data, split="validation", separate=True)
-        more, more_ready = jobs_for(list(local_shards(held_out).values()), model, output=output, with_bytes=True)
-        jobs, ready = jobs + more, ready + more_ready
-    if not jobs and not ready:
-        raise UserError(f"{data}: holds no shard yet; fetch some by `velora-pretrain data fetch --to {data}`")
+    jobs, ready = jobs_of(data, load_tokenizer(tokenizer), output=output, for_evaluation=for_evaluation)
     written: list[Meta] = []
     bars = Bars(Console(), "tokens")
 

@@ -28,7 +28,8 @@ from velora_pretrain.data.c4 import Source, resolve
 from velora_pretrain.data.loader import TrainLoader, evaluation_batches
 from velora_pretrain.data.shard_tokens import BYTES_FILE, DOCUMENTS_FILE, META_FILE, TOKENS_FILE, tokens_folder
 from velora_pretrain.data.token_cache import local_shards, with_tokens
-from velora_pretrain.data.tokenise import Job, jobs_for, tokenise, tokenise_shard
+from velora_pretrain.data.token_jobs import Job, jobs_for
+from velora_pretrain.data.tokenise import tokenise, tokenise_shard
 from velora_pretrain.data.tokenizer import Tokenizer, load_tokenizer
 from velora_pretrain.errors import UserError
 
@@ -102,6 +103,21 @@ def test_each_format_gives_the_same_batches(tmp_path, tokenizer, monkeypatch, na
     assert sum(batch.target_bytes for batch in scored) > 0
 
 
+@pytest.mark.parametrize("packing", ["pad", "pack"])
+def test_a_resume_goes_from_text_to_tokens_and_back_at_every_step(tmp_path, tokenizer, packing):
+    source = resolve(str(write(tmp_path, "a.jsonl")), split="train", separate=True)
+    make(source, tokenizer)
+    ready = cached(source, tokenizer)
+    straight = train(source, tokenizer, 20, packing=packing)
+    places = [json.loads(json.dumps(batch.cursor)) for batch in straight]
+    assert len({place["record"] for place in places}) > 3
+    for step, place in enumerate(places[:-1]):
+        documents, packed = (ready, source) if step % 2 else (source, ready)
+        (batch,) = train(packed, tokenizer, 1, packing=packing, cursor=place)
+        assert_same([batch], [straight[step + 1]])
+        assert_same(train(documents, tokenizer, 1, packing=packing, cursor=place), [batch])
+
+
 def test_bad_records_count_as_in_the_text(tmp_path, tokenizer, caplog):
     source = resolve(str(write(tmp_path, "a.jsonl")), split="train", separate=True)
     make(source, tokenizer)
@@ -123,7 +139,7 @@ class NumberTokenizer(order.NumberTokenizer, Tokenizer):
         pass
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(case=order.cases(), has_tokens=st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=5, max_size=5))
 def test_whoever_reads_and_however_often_it_is_interrupted(case, has_tokens):
     """Each part of a run reads some shards as tokens and the others as text, as they come."""

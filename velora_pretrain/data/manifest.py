@@ -91,6 +91,22 @@ def is_fetched(folder: Path) -> bool:
     return (folder / MANIFEST_FILE).is_file()
 
 
+def take_manifest(folder: Path) -> tuple[Manifest, str]:
+    """The manifest of a folder that more will be put into, an empty one to begin with.
+
+    Returns:
+        The manifest, which is written there, and a line for the user if one was damaged.
+    """
+    manifest, remark = Manifest(), ""
+    if is_fetched(folder):
+        try:
+            manifest = read_manifest(folder)
+        except UserError as error:
+            remark = f"{error.args[0].rpartition(';')[0]}; what lies there is held against the hub's"
+    manifest.write(folder)
+    return manifest, remark
+
+
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a folder.
 

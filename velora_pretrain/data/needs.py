@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from velora_pretrain.config import Run
 from velora_pretrain.data.c4 import AUTO_TIMEOUT_SECONDS, Source, hub_fault, permutation
-from velora_pretrain.data.manifest import Split
+from velora_pretrain.data.manifest import Split, c4_shards
 from velora_pretrain.errors import UserError
 
 DOCUMENTS_PER_SHARD: dict[Split, int] = {"train": 364_868_892 // 1024, "validation": 364_608 // 8}
@@ -39,6 +39,24 @@ def shards_needed(run: Run, split: Split, total: int) -> int:
 def in_order(shards: tuple[str, ...], seed: int) -> list[str]:
     """Training shards as a run with this seed of the data order reads them in its first epoch."""
     return [shards[number] for number in permutation(len(shards), seed, 0)]
+
+
+def shards_to_fetch(run: Run, *, count: int | None, validation: bool) -> list[str]:
+    """The shards of C4 that a run reads: training shards in its order, then validation shards.
+
+    Args:
+        run: The run.
+        count: Training shards, where the run's need is not asked.
+        validation: Whether those for its evaluations are asked for, too.
+
+    Raises:
+        UserError: There are not so many.
+    """
+    train, held_out = c4_shards("train"), c4_shards("validation")
+    if count is not None and count > len(train):
+        raise UserError(f"--shards {count}: C4 has {len(train)}")
+    wanted = in_order(train, run.shuffle_seed)[: count or shards_needed(run, "train", len(train))]
+    return wanted + list(held_out[: shards_needed(run, "validation", len(held_out)) if validation else 0])
 
 
 def check_at_hand(

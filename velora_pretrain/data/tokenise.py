@@ -16,7 +16,6 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,13 +30,9 @@ from velora_pretrain.data.shard_tokens import (
     META_FILE,
     TOKENS_FILE,
     Meta,
-    ShardTokens,
-    Unusable,
-    check_shard,
-    read_meta,
-    tokens_folder,
 )
 from velora_pretrain.data.source import Record, place, read_records
+from velora_pretrain.data.token_jobs import Job, file_sha256
 from velora_pretrain.data.tokenizer import Tokenizer, load_tokenizer
 from velora_pretrain.errors import UserError
 from velora_pretrain.records import write_atomically
@@ -49,69 +44,6 @@ POLL_SECONDS = 0.2
 
 Tell = Callable[[str, int], None]
 """Is told a shard's name and how many tokens more it has."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """One shard to tokenise."""
-
-    shard: str
-    """A file."""
-    folder: str
-    """Where its tokens go."""
-    tokenizer: str
-    tokenizer_sha256: str
-    with_bytes: bool
-
-
-def jobs_for(
-    paths: Sequence[Path], tokenizer: Tokenizer, *, output: Path | None, with_bytes: bool
-) -> tuple[list[Job], int]:
-    """What is to be made, and how many shards have theirs already.
-
-    Raises:
-        UserError: Two shards would share a folder.
-    """
-    jobs, ready, taken = [], 0, dict[Path, Path]()
-    for path in paths:
-        folder = tokens_folder(path, tokenizer.sha256, output)
-        if folder in taken:
-            raise UserError(f"--output {output}: {taken[folder]} and {path} have the same name; tokenise them apart")
-        taken[folder] = path
-        if _is_ready(path, folder, tokenizer, with_bytes):
-            ready += 1
-            continue
-        jobs.append(
-            Job(
-                shard=str(path),
-                folder=str(folder),
-                tokenizer=tokenizer.name,
-                tokenizer_sha256=tokenizer.sha256,
-                with_bytes=with_bytes,
-            )
-        )
-    return jobs, ready
-
-
-def _is_ready(path: Path, folder: Path, tokenizer: Tokenizer, with_bytes: bool) -> bool:
-    """Whether a shard has its tokens; where only its time of change is another, that is put right."""
-    try:
-        meta = read_meta(folder)
-        if meta.tokenizer_sha256 != tokenizer.sha256 or (with_bytes and not meta.has_bytes):
-            return False
-        try:
-            check_shard(meta, path)
-        except Unusable:
-            if meta.shard_size_bytes != path.stat().st_size or meta.shard_sha256 != _file_sha256(path):
-                return False
-            meta = dataclasses.replace(meta, shard_mtime_ns=path.stat().st_mtime_ns)
-            write_atomically(folder / META_FILE, json.dumps(dataclasses.asdict(meta)).encode())
-        # Read through, so that this command mends whatever a run has refused.
-        for _ in ShardTokens(folder, meta, meta.has_bytes).records(skip_records=0, wanted=lambda _: True):
-            pass
-        return True
-    except (Unusable, UserError, OSError):
-        return False
 
 
 def usable_cores() -> int:
@@ -246,7 +178,7 @@ def _write(job: Job, shard: Path, folder: Path, tokenizer: Tokenizer, tell: Tell
         shard=shard.name,
         shard_size_bytes=before.st_size,
         shard_mtime_ns=before.st_mtime_ns,
-        shard_sha256=_file_sha256(shard),
+        shard_sha256=file_sha256(shard),
         dtype=dtype,
         num_records=num_records,
         num_tokens=num_tokens,
@@ -295,8 +227,3 @@ def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
 def _sync(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
