@@ -115,7 +115,7 @@ FolderTokenizer = Annotated[
     str | None,
     typer.Option(help="bundled, a SentencePiece model's path, or a hub name; by default the folder's own."),
 ]
-DATA_HELP = "auto, c4, sample, or a path, glob or URL of .json, .jsonl (.gz, .zst) or .parquet files."
+DATA_HELP = "auto, c4, sample, or a path, folder, glob or URL of .json, .jsonl (.gz, .zst) or .parquet files."
 
 
 def names_model(assignment: str) -> bool:
