@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from velora_pretrain import checkpoint, checkpoint_files
 from velora_pretrain.data.tokenizer import load_tokenizer
 from velora_pretrain.errors import UserError
-from velora_pretrain.hugging_face import load_llama, read_config
+from velora_pretrain.hugging_face import load_llama
+from velora_pretrain.llama_folder import read_config
 from velora_pretrain.modes import build_mode
 from velora_pretrain.nn.llama import Llama
 from velora_pretrain.records import RunFolder
@@ -390,6 +391,10 @@ def foreign_config(**changes: Any) -> dict[str, Any]:
         ({"model_type": "mistral"}, "model_type is 'mistral'"),
         ({"attention_bias": True}, "attention_bias = True is not supported"),
         ({"rope_scaling": {"rope_type": "llama3"}}, "rotary scaling 'llama3' is not supported"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
+        ({"rope_parameters": [1]}, r"rope_parameters is \[1\], not an object"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config = {'bits': 4} is not supported"),
+        ({"num_attention_heads": 3}, "3 heads do not split hidden_size 16"),
         ({"head_dim": 4}, "head_dim 4"),
         ({"hidden_size": "wide"}, "hidden_size: input should be a valid integer"),
     ],
@@ -398,6 +403,15 @@ def test_a_model_that_is_not_ours_is_refused(tmp_path: Path, changes: dict[str, 
     (tmp_path / "config.json").write_text(json.dumps(foreign_config(**changes)))
     with pytest.raises(UserError, match=message):
         read_config(tmp_path)
+
+
+def test_what_a_config_leaves_out_is_what_transformers_means(tmp_path: Path) -> None:
+    told = foreign_config(num_key_value_heads=None, rope_scaling=None, rope_theta=500.0)
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    theirs, ours = transformers.AutoConfig.from_pretrained(tmp_path), read_config(tmp_path)
+    assert theirs.rope_parameters["rope_theta"] == ours.rope_theta == 500.0
+    for key in ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "head_dim"):
+        assert getattr(theirs, key) == getattr(ours, key), key
 
 
 def test_foreign_folders_sharded_and_tied(tmp_path: Path) -> None:
@@ -409,7 +423,7 @@ def test_foreign_folders_sharded_and_tied(tmp_path: Path) -> None:
     index = tmp_path / "model.safetensors.index.json"
     tokens = torch.randint(0, 50, (2, 9))
     assert (load_llama(tmp_path).logits(tokens) - theirs(tokens).logits).abs().max() < 1e-5
-    for files in ({"a": "../elsewhere.safetensors"}, {"a": 3}, {}, []):
+    for files in ({"a": "../elsewhere.safetensors"}, {"a": 3}, {"a": ["b"]}, {}, []):
         index.write_text(json.dumps({"weight_map": files}))
         with pytest.raises(UserError, match="weight_map does not name files of its folder"):
             load_llama(tmp_path)

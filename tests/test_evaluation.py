@@ -28,9 +28,9 @@ def scored(path: Path, **options: Any) -> dict[str, Any]:
     return evaluate_checkpoint(path, **(defaults | options))
 
 
-def by_transformers(folder: Path, texts: list[str], length: int) -> tuple[float, int]:
+def by_transformers(folder: Path, texts: list[str], length: int, model: Any = None) -> tuple[float, int]:
     """Nats and targets of texts by transformers' model and tokenizer: one text, EOS, truncated, nothing shared."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    model = model or transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     nats, targets = 0.0, 0
     for text in texts:

@@ -30,7 +30,6 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from velora_pretrain.checkpoint_files import (
-    CONFIG,
     STATE_FILE,
     STATE_TENSORS,
     WEIGHTS,
@@ -43,6 +42,7 @@ from velora_pretrain.checkpoint_files import (
 )
 from velora_pretrain.dimensions import LlamaConfig
 from velora_pretrain.errors import UserError
+from velora_pretrain.llama_folder import CONFIG
 from velora_pretrain.nn.llama import Llama
 from velora_pretrain.records import RunFolder, step_of
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import Any
@@ -18,14 +18,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from velora_pretrain.errors import UserError
-from velora_pretrain.records import RunFolder, read_json
+from velora_pretrain.json_files import read_json
+from velora_pretrain.llama_folder import CONFIG
+from velora_pretrain.records import RunFolder
 
-STATE_FILE, STATE_TENSORS, WEIGHTS, CONFIG = (
-    "training_state.json",
-    "training_state.safetensors",
-    "model.safetensors",
-    "config.json",
-)
+STATE_FILE, STATE_TENSORS, WEIGHTS = "training_state.json", "training_state.safetensors", "model.safetensors"
 SIGNATURE = "state_sha256"
 """Key of training_state.json with the hash of the rest of it."""
 DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"}
@@ -122,16 +119,20 @@ def _state_fault(state: dict[str, Any], path: Path) -> str | None:
     return None
 
 
-def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(path: Path, formats: Collection[str] = DTYPES) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors of a safetensors file, by its header alone.
 
+    Args:
+        path: the file.
+        formats: those that its tensors may have.
+
     Raises:
-        UserError: the file is cut short or no safetensors file.
+        UserError: the file is cut short or no safetensors file, or a tensor has another format.
     """
     with _opened(path) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         for name, tensor in slices.items():
-            if tensor.get_dtype() not in DTYPES:
+            if tensor.get_dtype() not in formats:
                 raise UserError(f"{path}: {name} has the format {tensor.get_dtype()}, which is not read here")
         return {name: tuple(tensor.get_shape()) for name, tensor in slices.items()}
 

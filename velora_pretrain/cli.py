@@ -18,6 +18,7 @@ from velora_pretrain import __version__
 from velora_pretrain.compare_commands import compare_app
 from velora_pretrain.data_commands import data_app
 from velora_pretrain.errors import UserError
+from velora_pretrain.eval_commands import eval_app
 from velora_pretrain.options import (
     DATA_HELP,
     DEVICES,
@@ -25,9 +26,6 @@ from velora_pretrain.options import (
     INTERRUPTED,
     MISTAKE,
     RUNS,
-    Device,
-    FolderTokenizer,
-    Json,
     MicroBatch,
     Mode,
     Precision,
@@ -39,7 +37,6 @@ from velora_pretrain.options import (
     completing,
     names_model,
     number_or_word,
-    write_json,
 )
 from velora_pretrain.run_commands import add_run_commands
 
@@ -50,7 +47,6 @@ app = typer.Typer(
     help="Pre-train LLaMA from scratch on C4 with little memory, and see what each memory-saving mode costs and saves.",
     pretty_exceptions_enable=False,
 )
-eval_app = typer.Typer(help="Evaluate what was trained.")
 app.add_typer(eval_app, name="eval")
 app.add_typer(compare_app, name="compare")
 app.add_typer(data_app, name="data")
@@ -82,6 +78,14 @@ def train(
         str | None,
         typer.Option(
             help="bundled, a SentencePiece model's path, or a hub name; by default the recipe's, else bundled."
+        ),
+    ] = None,
+    init_from: Annotated[
+        str | None,
+        typer.Option(
+            help="A Hugging Face LLaMA folder, run folder or checkpoint whose weights, dimensions and tokenizer to"
+            " start with; by default the recipe's, else weights are drawn by the seed.",
+            metavar="FOLDER",
         ),
     ] = None,
     steps: Annotated[
@@ -129,7 +133,8 @@ def train(
     from velora_pretrain.trackers import check_installed
 
     assignments = settings or []
-    if not resume and size is None and recipe is None and not any(names_model(each) for each in assignments):
+    is_named = any(each is not None for each in (size, recipe, init_from)) or any(map(names_model, assignments))
+    if not resume and not is_named:
         raise UserError("what to train? Give --size (for example --size 60m) or --recipe (for example quickstart)")
     folder, recorded = None, resume and recipe is None
     if resume:
@@ -141,6 +146,7 @@ def train(
         "mode": mode,
         "data": data,
         "tokenizer": tokenizer,
+        "init_from": init_from,
         "schedule.steps": steps,
         "batch.sequences": batch_size,
         "batch.micro_batch": number_or_word(micro_batch),
@@ -168,47 +174,6 @@ def train(
         raise typer.Exit(INTERRUPTED) from None
     if process_rank() == 0:
         print_summary(summary)
-
-
-@eval_app.callback()
-def _eval() -> None:
-    """Keeps `eval` a group of commands while it has only one."""
-
-
-@eval_app.command("checkpoint")
-def eval_checkpoint(
-    path: Annotated[
-        Path | None,
-        typer.Argument(help="A checkpoint, run folder or Hugging Face folder; by default the newest run's last."),
-    ] = None,
-    data: Annotated[str | None, typer.Option(help=f"{DATA_HELP} By default the run's, else auto.")] = None,
-    tokens: Annotated[
-        int | None,
-        typer.Option(help="Validation tokens to score; by default the run's number, else 10 million.", min=1),
-    ] = None,
-    tokenizer: FolderTokenizer = None,
-    device: Device = "auto",
-    json_file: Json = None,
-) -> None:
-    """Score validation text: perplexity, bits per byte, tokens."""
-    from velora_pretrain.display import make_display, process_rank
-    from velora_pretrain.records import newest_run
-    from velora_pretrain.tables import print_evaluation
-
-    path = path or newest_run(RUNS).path
-    if not path.exists():
-        raise UserError(f"{path}: no such checkpoint or run folder")
-
-    from velora_pretrain.evaluation import evaluate_checkpoint
-
-    with make_display(output_is_data=json_file == "-") as display:
-        fields = evaluate_checkpoint(
-            path, data=data, tokens=tokens, device=device, display=display, tokenizer_name=tokenizer
-        )
-    if process_rank() == 0:
-        write_json(json_file, fields)
-        if json_file != "-":
-            print_evaluation(fields)
 
 
 add_run_commands(app)

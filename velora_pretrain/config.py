@@ -287,6 +287,9 @@ class Run(Section):
     """Like data, for evaluation; by default C4's validation split, or documents held out of the training data."""
     tokenizer: str = "bundled"
     """bundled, a SentencePiece model's path, or a name on the Hugging Face hub."""
+    init_from: Annotated[str, Field(min_length=1)] | None = None
+    """Hugging Face LLaMA folder, run folder or checkpoint whose weights the run starts from, and whose dimensions and
+    tokenizer it has; by default they are drawn by the seed."""
     packing: Literal["pad", "pack"] = "pad"
     """pad: one document per sequence, truncated or padded; pack: documents end to end."""
     precision: Precision = "fp32"

@@ -121,7 +121,7 @@ DATA_HELP = "auto, c4, sample, or a path, folder, glob or URL of .json, .jsonl (
 def names_model(assignment: str) -> bool:
     """Whether a `--set` says which model is meant."""
     key = assignment.partition("=")[0].strip()
-    return key == "size" or key.startswith("model.")
+    return key in ("size", "init_from") or key.startswith("model.")
 
 
 def number_or_word(text: str | None) -> int | str | None:

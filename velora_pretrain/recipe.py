@@ -15,6 +15,7 @@ from velora_pretrain.config import Run
 from velora_pretrain.dimensions import Section
 from velora_pretrain.errors import UserError
 from velora_pretrain.hints import closest, hint, nearest
+from velora_pretrain.llama_folder import follow_init_from
 
 
 def build_run(values: dict[str, Any], *, where: str) -> Run:
@@ -185,7 +186,8 @@ def resolve(recipe: str | None, options: dict[str, Any], assignments: list[str],
     """The run that a recipe, named options and `--set` assignments describe, the later before the earlier.
 
     What is given also goes before what a recipe derived from its own value of it: `optimizer.lr` before the recipe's
-    learning rates of modes, `batch.sequences` before its `batch.micro_batch`.
+    learning rates of modes, `batch.sequences` before its `batch.micro_batch`, `init_from`, which brings a tokenizer,
+    before its `tokenizer`.
 
     Args:
         recipe: path or name; None starts from the defaults.
@@ -194,7 +196,8 @@ def resolve(recipe: str | None, options: dict[str, Any], assignments: list[str],
         recorded: the recipe is the config.toml of a run that goes on, where nothing is derived anew.
 
     Raises:
-        UserError: as `build_run`, `find_recipe` and `apply_override`; or a given value is one that nothing reads.
+        UserError: as `build_run`, `find_recipe`, `apply_override` and `follow_init_from`; or a given value is one that
+            nothing reads.
     """
     values = read_recipe(find_recipe(recipe)) if recipe else {}
     given = _overlaid({}, options, assignments)
@@ -204,10 +207,15 @@ def resolve(recipe: str | None, options: dict[str, Any], assignments: list[str],
                 _table(values["modes"], mode).pop("lr", None)
         if "sequences" in _table(given, "batch"):
             _table(values, "batch").pop("micro_batch", None)
+        if "init_from" in given:
+            values.pop("tokenizer", None)
+    values = _overlaid(values, options, assignments)
+    if not recorded:
+        values = follow_init_from(values)
     given_keys = _flatten(given)
     where = recipe or "command line"
     try:
-        run = build_run(_overlaid(values, options, assignments), where=where)
+        run = build_run(values, where=where)
     except UserError as error:
         key, colon, problem = str(error).removeprefix(f"{where}: ").partition(": ")
         is_given = any(f"{each}.".startswith(f"{key}.") or key.startswith(f"{each}.") for each in given_keys)

@@ -16,6 +16,7 @@ from velora_pretrain.checkpoint_files import (
     newest_whole,
     recover_replaced,
     set_aside_newer,
+    sha256_of,
     verified_state,
 )
 from velora_pretrain.config import Run
@@ -27,8 +28,11 @@ from velora_pretrain.data.tokenizer import Tokenizer, check_vocabulary, load_tok
 from velora_pretrain.display import Display
 from velora_pretrain.distributed import largest, meet, of_first_process
 from velora_pretrain.errors import UserError
-from velora_pretrain.evaluation import has_separate_validation, validation_source
+from velora_pretrain.evaluation import find_checkpoint, has_separate_validation, validation_source
+from velora_pretrain.hugging_face import start_llama, weight_files
+from velora_pretrain.llama_folder import has_tokenizer, read_config
 from velora_pretrain.modes import build_mode
+from velora_pretrain.nn.llama import Llama
 from velora_pretrain.prediction import USABLE_SHARE, choose_micro_batch, free_memory_bytes
 from velora_pretrain.recipe import differences
 from velora_pretrain.records import RunFolder
@@ -62,6 +66,15 @@ class Prepared:
     """Where a resumed run goes on from."""
     state: dict[str, Any]
     """training_state.json of that checkpoint."""
+    initial: Path | None = None
+    """The folder whose weights a run begins with; None where they are drawn, or those of a checkpoint follow."""
+
+    def build_model(self) -> Llama:
+        """The model that the run begins with, in fp32, on the CPU: drawn by the seed, or with the weights given."""
+        run, recompute = self.run, self.run.memory.recompute
+        if self.initial is None:
+            return Llama(run.llama, seed=run.seed, recompute=recompute)
+        return start_llama(self.initial, run.llama, recompute=recompute)
 
 
 def prepare(
@@ -98,17 +111,20 @@ def prepare(
     if run.data == "auto":
         run = run.model_copy(update={"data": source.name})
     validation = validation_source(run)
-    tokenizer = load_tokenizer(run.tokenizer)
+    path, state = agreed_checkpoint(folder, accelerator, display.warn) if resume else (None, {})
+    if resume and path is None:
+        display.note(f"{folder.path}: no whole checkpoint yet, starting from the beginning")
+    initial = _initial_weights(run, accelerator, display) if run.init_from and path is None else None
+    tokenizer = _tokenizer(run, path)
     check_vocabulary(tokenizer, run.llama.vocab_size)
+    if initial and has_tokenizer(initial) and load_tokenizer(str(initial)).sha256 != tokenizer.sha256:
+        display.warn(f"tokenizer: {tokenizer.name} is not the one in {initial}, whose weights know other pieces")
     source, remarks = with_tokens(source, tokenizer, run.reading.token_cache)
     validation, more = with_tokens(validation, tokenizer, run.reading.token_cache, for_evaluation=True)
     for remark in dict.fromkeys(remarks + more):
         display.note(remark)
     _check_validation(run, validation, tokenizer)
     run = _with_micro_batch(run, accelerator)
-    path, state = agreed_checkpoint(folder, accelerator, display.warn) if resume else (None, {})
-    if resume and path is None:
-        display.note(f"{folder.path}: no whole checkpoint yet, starting from the beginning")
     elsewhere = check_at_hand(run, source, validation, first_position=_first_position(state))
     if elsewhere:
         display.note(elsewhere)
@@ -125,7 +141,42 @@ def prepare(
                 set_aside_newer(folder, path)
         except OSError as error:
             raise UserError(f"{folder.path}: the run folder cannot be written ({error.strerror})") from None
-    return Prepared(run=run, tokenizer=tokenizer, source=source, validation=validation, checkpoint=path, state=state)
+    return Prepared(
+        run=run,
+        tokenizer=tokenizer,
+        source=source,
+        validation=validation,
+        checkpoint=path,
+        state=state,
+        initial=initial,
+    )
+
+
+def _initial_weights(run: Run, accelerator: Accelerator, display: Display) -> Path:
+    """The folder whose weights the run begins with, found whole, and the same on every process.
+
+    Raises:
+        UserError: it is damaged, does not hold the weights that it should, or other ones on another process.
+    """
+    assert run.init_from is not None
+    folder, _ = find_checkpoint(Path(run.init_from), display)
+    config = read_config(folder)
+    files = weight_files(folder, config)
+    if accelerator.num_processes > 1:
+        hashes = [sha256_of(file) for file in files]
+        if hashes != of_first_process(accelerator, hashes):
+            raise UserError(f"init_from: {folder} holds other weights here than where the first process looks")
+    apart = "; head and embedding, one matrix there, are trained apart" if config.tie_word_embeddings else ""
+    display.note(f"starting from the weights in {folder}{apart}")
+    return folder
+
+
+def _tokenizer(run: Run, checkpoint: Path | None) -> Tokenizer:
+    """The run's tokenizer; where its file is gone, or on the hub, that of the checkpoint that the run goes on from."""
+    is_here = run.tokenizer == "bundled" or Path(run.tokenizer).expanduser().exists()
+    if is_here or checkpoint is None or not has_tokenizer(checkpoint):
+        return load_tokenizer(run.tokenizer)
+    return load_tokenizer(str(checkpoint), name=run.tokenizer)
 
 
 def agreed_checkpoint(
@@ -232,6 +283,9 @@ def _reconciled(run: Run, recorded: Run, folder: RunFolder) -> Run:
     """
     if run.data == "auto":
         run = run.model_copy(update={"data": recorded.data})
+    if run.init_from and recorded.init_from and Path(recorded.init_from).is_relative_to(run.init_from):
+        # A run's folder was given, of whose checkpoints one was taken.
+        run = run.model_copy(update={"init_from": recorded.init_from})
     if run.batch.micro_batch == "auto":
         batch = run.batch.model_copy(update={"micro_batch": recorded.batch.micro_batch})
         run = run.model_copy(update={"batch": batch})

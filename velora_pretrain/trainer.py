@@ -35,7 +35,6 @@ from velora_pretrain.errors import UserError
 from velora_pretrain.gradients import Gradients, first_not_finite
 from velora_pretrain.measurement import MEASURED_STEP, StepMemory
 from velora_pretrain.modes import build_mode
-from velora_pretrain.nn.llama import Llama
 from velora_pretrain.optim.schedule import lr_multiplier
 from velora_pretrain.progress import Progress
 from velora_pretrain.records import EvaluationRecord, RunFolder, TrainingRecord
@@ -112,7 +111,7 @@ class Trainer:
         self.run = run = self.prepared.run
 
         self.mode = build_mode(run)
-        self.model = Llama(run.llama, seed=run.seed, recompute=run.memory.recompute)
+        self.model = self.prepared.build_model()
         self.mode.adapt(self.model)
         self.model.to(dtype=WEIGHT_DTYPES[run.precision])
         if run.compile:

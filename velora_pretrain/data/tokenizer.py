@@ -15,13 +15,12 @@ from pathlib import Path
 
 import sentencepiece
 
-from velora_pretrain.data.tokenizer_export import MODEL_FILE, write_pretrained
+from velora_pretrain.data.tokenizer_export import write_pretrained
 from velora_pretrain.data.tokenizer_proto import BYTE, read_model, read_spans
 from velora_pretrain.errors import UserError
+from velora_pretrain.llama_folder import TOKENIZER_FILES
 
 BUNDLED_FILE = Path(__file__).with_name("bundled") / "c4-openwebtext-32k.model"
-# T5's name for the file and LLaMA's, in the order tried.
-MODEL_FILES = (MODEL_FILE, "tokenizer.model")
 HUB_DEADLINE_SECONDS = 25.0
 PROBE_SECONDS = 8.0
 OFFLINE_HELP = "offline, use --tokenizer bundled or --tokenizer PATH"
@@ -135,12 +134,13 @@ class Tokenizer:
         return ids, counts_bytes
 
 
-def load_tokenizer(name_or_path: str) -> Tokenizer:
+def load_tokenizer(name_or_path: str, *, name: str | None = None) -> Tokenizer:
     """Load a tokenizer.
 
     Args:
         name_or_path: `bundled`; a SentencePiece file; a folder that holds `spiece.model` or `tokenizer.model`; else a
             name on the Hugging Face hub (`t5-base`), of which a cached copy is used without asking the hub.
+        name: what it was asked for by, where that is not the same.
 
     Raises:
         UserError: there is no such tokenizer, its file is damaged, or the hub does not answer (within 30 s).
@@ -158,7 +158,7 @@ def load_tokenizer(name_or_path: str) -> Tokenizer:
         model_file = path.read_bytes()
     except OSError as error:
         raise UserError(f"tokenizer: cannot read {path} ({_one_line(error)}); give a readable file") from error
-    return Tokenizer(model_file, name_or_path)
+    return Tokenizer(model_file, name or name_or_path)
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
@@ -175,11 +175,11 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
 
 
 def _file_in_folder(folder: Path) -> Path:
-    for name in MODEL_FILES:
+    for name in TOKENIZER_FILES:
         if (folder / name).is_file():
             return folder / name
     raise UserError(
-        f"tokenizer: {folder} holds no {' or '.join(MODEL_FILES)};"
+        f"tokenizer: {folder} holds no {' or '.join(TOKENIZER_FILES)};"
         " give --tokenizer a file, a folder that has one, or a name"
     )
 
@@ -216,14 +216,14 @@ def _download(name: str) -> Path:
     )
 
     try:
-        for filename in MODEL_FILES:
+        for filename in TOKENIZER_FILES:
             cached = try_to_load_from_cache(name, filename)
             if isinstance(cached, str):
                 return Path(cached)
         # The client itself would ask six times in 23 s, with a warning each time.
         if constants.HF_HUB_OFFLINE or not _answers(constants.ENDPOINT):
             raise UserError(f"tokenizer: {name} is not cached and the hub does not answer; {OFFLINE_HELP}")
-        for filename in MODEL_FILES:
+        for filename in TOKENIZER_FILES:
             try:
                 return Path(hf_hub_download(name, filename))
             except LocalEntryNotFoundError:  # an EntryNotFoundError too, but one that means: no answer
@@ -238,7 +238,9 @@ def _download(name: str) -> Path:
         ) from error
     except Exception as error:  # connection, proxy, certificate, disk: the client raises many kinds
         raise UserError(f"tokenizer: fetching {name} failed ({_one_line(error)}); {OFFLINE_HELP}") from error
-    raise UserError(f"tokenizer: {name} on the hub holds no {' or '.join(MODEL_FILES)}; give another name or a path")
+    raise UserError(
+        f"tokenizer: {name} on the hub holds no {' or '.join(TOKENIZER_FILES)}; give another name or a path"
+    )
 
 
 def _answers(endpoint: str) -> bool:

@@ -22,9 +22,10 @@ from typing import Any
 
 from velora_pretrain.data.tokenizer_proto import BYTE, CONTROL, UNKNOWN, USER_DEFINED, SentencePieceModel
 from velora_pretrain.errors import UserError
+from velora_pretrain.llama_folder import TOKENIZER_FILES
 
 SPACE = "▁"
-MODEL_FILE = "spiece.model"
+MODEL_FILE = TOKENIZER_FILES[0]
 
 
 def write_pretrained(
