@@ -561,7 +561,7 @@ def commands(command: Any, words: tuple[str, ...] = ()) -> Iterator[tuple[str, A
 
 
 COMMANDS = dict(commands(typer.main.get_command(cli.app)))
-UNITS = ("step", "sequence", "token", "rate", "seed", "device", "run", "logits", "shard", "file")
+UNITS = ("step", "sequence", "token", "document", "example", "rate", "seed", "device", "run", "logits", "shard", "file")
 """What numbers are of."""
 
 

@@ -44,6 +44,28 @@ def print_evaluation(fields: Mapping[str, Any], console: Console | None = None) 
     (console or output_console()).print(table)
 
 
+def print_harness(result: Mapping[str, Any], console: Console | None = None) -> None:
+    """Prints what lm-evaluation-harness found, a line for each task and metric.
+
+    Args:
+        result: as `eval harness` gives it in JSON.
+        console: where to; standard output by default.
+    """
+    first = f", first {result['limit']:,} documents of each task" if result["limit"] else ""
+    table = Table(title=f"{result['checkpoint']}{first}", title_justify="left")
+    for name in ("task", "metric"):
+        table.add_column(name, overflow="fold")
+    for name in ("value", "± standard error", "examples in the prompt", "documents"):
+        table.add_column(name, justify="right")
+    for row in result["rows"]:
+        metric = row["metric"] if row["filter"] == "none" else f"{row['metric']} ({row['filter']})"
+        figures = (f"{row[key]:.4f}" if isinstance(row[key], float) else str(row[key]) for key in ("value", "stderr"))
+        counts = (f"{row[key]:,}" if isinstance(row[key], int) else "" for key in ("few_shot", "documents"))
+        cells = [row["task"], metric, *("" if each == "None" else each for each in figures), *counts]
+        table.add_row(*map(Text, cells))
+    (console or output_console()).print(table)
+
+
 def print_summary(summary: Mapping[str, Any], console: Console | None = None) -> None:
     """Prints what a finished run came to.
 
