@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import count
 
-import psutil
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from velora_pretrain.config import Run
 from velora_pretrain.devices import WEIGHT_DTYPES, autocast, default_dtype
 from velora_pretrain.dimensions import SIZES
+from velora_pretrain.host_memory import free_host_memory_bytes
 from velora_pretrain.memory import MemoryUse
 from velora_pretrain.modes import build_mode
 from velora_pretrain.nn.llama import Llama
@@ -63,7 +63,7 @@ def free_memory_bytes(device: torch.device) -> int:
     """Memory that tensors on `device` could still take."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+    return free_host_memory_bytes()
 
 
 def choose_micro_batch(
