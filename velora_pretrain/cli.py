@@ -17,6 +17,7 @@ import typer
 from velora_pretrain import __version__
 from velora_pretrain.compare_commands import compare_app
 from velora_pretrain.data_commands import data_app
+from velora_pretrain.doctor_command import doctor
 from velora_pretrain.errors import UserError
 from velora_pretrain.options import (
     DATA_HELP,
@@ -212,6 +213,7 @@ def eval_checkpoint(
 
 
 add_run_commands(app)
+app.command()(doctor)
 
 
 def new_run_dir(run: Run) -> Path:
