@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "velora_pretrain"
-NAMING = {"modes.py", "config.py", "nn/velora.py", "nn/lora.py", "optim/galore.py", "optim/flora.py"}
-"""Files that know modes by name: settings, the table of modes, and each method's own file."""
+NAMING = {"modes.py", "config.py", "library.py", "nn/velora.py", "nn/lora.py", "optim/galore.py", "optim/flora.py"}
+"""Files that know modes by name: settings, the table of modes, each method's own file, and what others call it by."""
 OTHERS = sorted(path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).as_posix() not in NAMING)
 MODE_NAME = re.compile(r"(?<![a-z])(velora|galore|flora|relora|lora)(?![a-z])(?![-_]pretrain)", re.IGNORECASE)
 

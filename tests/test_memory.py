@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from velora_pretrain import memory
+from velora_pretrain import memory, prediction
 from velora_pretrain.config import MODES
 from velora_pretrain.measurement import measure_memory
 from velora_pretrain.memory import CATEGORIES, MemoryTracker
@@ -18,7 +18,7 @@ from velora_pretrain.modes import build_mode
 from velora_pretrain.nn.llama import Llama
 from velora_pretrain.nn.velora import compress_linears, compressed_weights
 from velora_pretrain.optim.adamw import AdamW
-from velora_pretrain.prediction import choose_micro_batch, predict_memory
+from velora_pretrain.prediction import choose_micro_batch, predict, predict_by_blocks, predict_memory
 from velora_pretrain.recipe import resolve
 
 
@@ -51,6 +51,51 @@ def test_predicted_and_measured_agree_at_published_sizes(size: str, mode: str) -
     for category in (*CATEGORIES, "peak"):
         expected = getattr(predicted, f"{category}_bytes")
         assert measured[f"{category}_bytes"] == pytest.approx(expected, rel=0.03), category
+
+
+@pytest.mark.parametrize(
+    ("mode", "changes"),
+    [
+        ("full", {"precision": "bf16"}),
+        ("velora", {}),
+        ("flora", {}),
+        *(pytest.param(mode, {"memory__recompute": "block"}, marks=pytest.mark.slow) for mode in MODES),
+    ],
+)
+def test_two_blocks_say_what_five_need(tiny_run: Callable[..., Any], mode: str, changes: dict[str, Any]) -> None:
+    run = tiny_run(mode=mode, model__num_hidden_layers=5, modes__velora__layers="all", **changes)
+    found, whole = (asdict(way(run, 4, accumulates=True)) for way in (predict_by_blocks, predict))
+    found["memory"].pop("largest_at_peak"), whole["memory"].pop("largest_at_peak")
+    assert found == whole
+
+
+def test_two_blocks_are_not_asked_where_they_cannot_say(
+    tiny_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without accumulation gradients grow through the backward pass; and a peak elsewhere may not stay there."""
+    run, asked, whole = tiny_run(model__num_hidden_layers=5), [], predict
+
+    def noting(run: Any, micro_batch: int, *, accumulates: bool) -> Any:
+        asked.append(run.llama.num_hidden_layers)
+        found = whole(run, micro_batch, accumulates=accumulates)
+        return replace(found, memory=replace(found.memory, peak_moment="step"))
+
+    monkeypatch.setattr(prediction, "predict", noting)
+    assert predict_by_blocks(run, 8, accumulates=False).memory.peak_bytes
+    assert asked == [5]
+    assert predict_by_blocks(run, 4, accumulates=True).memory.largest_at_peak
+    assert asked == [5, 1, 2, 5]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["130m", "350m", "1b"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("mode", ["full", "velora"])
+def test_two_blocks_say_what_published_sizes_need(size: str, precision: str, mode: str) -> None:
+    run = resolve(None, {"size": size, "precision": precision, "mode": mode}, [])
+    for micro_batch in (1, 16):
+        found, whole = (way(run, micro_batch, accumulates=True).memory for way in (predict_by_blocks, predict))
+        assert found == replace(whole, largest_at_peak=())
 
 
 @pytest.mark.parametrize("init", ["batch_average_once", "running_average", "svd", "random"])

@@ -130,25 +130,22 @@ def test_every_path_in_the_text_exists():
     assert not [path for path in paths if not (ROOT / path).exists()]
 
 
-def test_the_library_example_trains_a_model_of_the_users_own():
+def test_the_library_example_trains_a_model_of_the_users_own(tmp_path: Path):
     import torch
     import transformers
 
     (example,) = re.findall(r"^```python\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+    assert len([line for line in example.splitlines() if line]) == 5
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2
-        )
+    row = {"input_ids": torch.randint(0, 50, (12,))}
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2
     )
-    names = {"model": model}
+    args = transformers.TrainingArguments(
+        str(tmp_path), max_steps=20, use_cpu=True, report_to=[], logging_steps=1, save_strategy="no", disable_tqdm=True
+    )
+    names = {"config": config, "args": args, "dataset": [row | {"labels": row["input_ids"]}] * 160}
     exec(example, names)
-    tokens = torch.randint(0, 50, (4, 12))
-    losses = []
-    for _ in range(20):
-        loss = model(tokens, labels=tokens).loss
-        loss.backward()
-        names["optimizer"].step()
-        names["optimizer"].zero_grad()
-        losses.append(loss.item())
+    losses = [entry["loss"] for entry in names["trainer"].state.log_history if "loss" in entry]
+    assert len(losses) == 20
     assert losses[-1] < losses[0] - 0.1

@@ -17,6 +17,7 @@ import typer
 from velora_pretrain import __version__
 from velora_pretrain.compare_commands import compare_app
 from velora_pretrain.data_commands import data_app
+from velora_pretrain.doctor_command import doctor
 from velora_pretrain.errors import UserError
 from velora_pretrain.eval_commands import eval_app
 from velora_pretrain.options import (
@@ -177,6 +178,7 @@ def train(
 
 
 add_run_commands(app)
+app.command()(doctor)
 
 
 def new_run_dir(run: Run) -> Path:

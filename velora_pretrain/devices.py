@@ -10,13 +10,13 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from velora_pretrain import __version__
 from velora_pretrain.config import Precision
 from velora_pretrain.errors import UserError
 from velora_pretrain.hints import nearest
+from velora_pretrain.host_memory import host_memory_bytes
 
 KINDS = ("auto", "cpu", "cuda", "mps")
 WEIGHT_DTYPES: dict[Precision, torch.dtype] = {
@@ -77,7 +77,7 @@ def memory_limit_bytes(device: torch.device) -> int:
     """Memory that the device has in all: what a process may use of it is less."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return psutil.virtual_memory().total
+    return host_memory_bytes()
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -76,6 +76,13 @@ Recipe = Annotated[
         autocompletion=completing(_recipes),
     ),
 ]
+ToldRecipe = Annotated[
+    str,
+    typer.Option(
+        help="A TOML recipe, or a bundled one by name: its memory and time are told, and sizes are in its precision.",
+        autocompletion=completing(_recipes),
+    ),
+]
 MicroBatch = Annotated[
     str | None,
     typer.Option(

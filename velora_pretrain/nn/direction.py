@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from velora_pretrain.errors import UserError
 from velora_pretrain.nn.recompute import is_recomputing
 
 Initialisation = Literal["batch_average_once", "running_average", "svd", "random"]
@@ -130,6 +131,19 @@ class Direction(nn.Module):
         """Sets v to a vector of the basis that was kept: the `number`-th, in cycles, by descending eigenvalue."""
         assert self.basis is not None
         self.vector.copy_(self.basis[number % len(self.basis)])
+
+    @torch.no_grad()
+    def put(self, vector: Tensor, *, is_ready: bool) -> None:
+        """Sets v to one that was taken before."""
+        self.vector.copy_(vector)
+        self.ready.fill_(is_ready)
+        self.is_ready = is_ready
+
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        raise UserError(
+            "nn.DataParallel: what its replicas find in a forward pass is lost, and so would v be; start a process per"
+            " GPU (torchrun or accelerate launch), or show one GPU alone by CUDA_VISIBLE_DEVICES=0"
+        )
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)

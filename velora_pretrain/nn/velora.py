@@ -131,6 +131,7 @@ class VeLoRALinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.scale = scale
+        self._is_writable = False
         self.weight = nn.Parameter(linear.weight.detach(), requires_grad=False)
         self.bias = linear.bias
         self.direction = direction
@@ -139,7 +140,13 @@ class VeLoRALinear(nn.Module):
     def _zero_coefficients(self) -> Tensor:
         # Its dtype is that of the gradient it receives: fp32 at least.
         zero = torch.zeros((), dtype=_wide(self.weight.dtype), device=self.weight.device)
-        return zero.expand(self.out_features, self.direction.num_groups)
+        zeros = zero.expand(self.out_features, self.direction.num_groups)
+        return zeros.contiguous() if self._is_writable else zeros
+
+    def make_coefficients_writable(self) -> None:
+        """Gives P memory of its own, for a wrapper that writes to every parameter, if only what they are."""
+        self._is_writable = True
+        self.coefficients.data = self._zero_coefficients()
 
     def forward(self, x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch outputs"]:
         """y = x Wᵀ + b; gradients as in the module's docstring."""
@@ -199,7 +206,7 @@ def compress_linears(
     scale: float = 1.0,
     seed: int = 0,
 ) -> list[VeLoRALinear]:
-    """Replaces, in place, every `nn.Linear` of `model` whose own name is in `layers`.
+    """Replaces, in place, every `nn.Linear` of `model` whose own name is in `layers` and whose weight trains.
 
     Works on any module tree; Hugging Face's LlamaForCausalLM has the names q_proj, k_proj, v_proj, o_proj, gate_proj,
     up_proj and down_proj. Layers of one parent that read one tensor (`SIBLINGS`) share their direction. Of an adapter
@@ -223,13 +230,16 @@ def compress_linears(
     generator = torch.Generator().manual_seed(seed)
     directions: dict[tuple[str, str, int], Direction] = {}
     new_layers: list[VeLoRALinear] = []
-    matched: set[str] = set()
+    known: dict[str, None] = {}
     for parent_name, parent in list(model.named_modules()):
         for name, module in list(parent.named_children()):
             # Where an adapter stands in a projection's place, it is the adapter's A that would keep the input.
             owner, attribute = (parent, name) if isinstance(module, nn.Linear) else (module, "lora_A")
             linear = getattr(owner, attribute, None)
-            if name not in layers or not isinstance(linear, nn.Linear):
+            if not isinstance(linear, nn.Linear) or not linear.weight.requires_grad:
+                continue
+            known[name] = None
+            if name not in layers:
                 continue
             features = linear.in_features
             groups = (num_groups or {}).get(name) or default_num_groups(features)
@@ -253,10 +263,12 @@ def compress_linears(
             layer = VeLoRALinear(linear, directions[key], scale=scale)
             setattr(owner, attribute, layer)
             new_layers.append(layer)
-            matched.add(name)
-    missing = [name for name in layers if name not in matched]
+    missing = [name for name in layers if name not in known]
     if missing:
-        raise UserError(f"modes.velora.layers: no linear layer of the model is named {missing[0]}")
+        raise UserError(
+            f"modes.velora.layers: no linear layer of the model is named {missing[0]}; those that train are"
+            f" {', '.join(known) or 'none'}"
+        )
     return new_layers
 
 
