@@ -289,7 +289,7 @@ def newest_run(runs: Path) -> RunFolder:
     """
     folders = [RunFolder(path.parent) for path in runs.glob("*/config.toml")]
     if not folders:
-        raise UserError(f"{runs}: holds no run; give --run-dir, or train first")
+        raise UserError(f"{runs}: holds no run; give a run folder, or train first")
 
     def changed(folder: RunFolder) -> float:
         return max(path.stat().st_mtime for path in (folder.config, folder.metrics) if path.exists())

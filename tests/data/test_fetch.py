@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import shutil
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -220,15 +221,14 @@ def test_room_is_looked_at_before_a_byte_is_fetched(files, command, tmp_path, mo
 
 
 def test_ctrl_c_leaves_what_is_whole_and_says_how_to_go_on(files, command, tmp_path, monkeypatch):
-    real, main = Bars.end, threading.main_thread().ident
+    real, main, is_over = Bars.end, threading.main_thread().ident, threading.Event()
 
     def end(self: Bars, name: str, note: str) -> None:
         real(self, name, note)
         if self.ended_files == 2:
-            import signal
-
             assert main is not None
             signal.pthread_kill(main, signal.SIGINT)
+            is_over.wait(60)  # the rest would be there before a busy machine has woken the main thread
 
     monkeypatch.setattr(Bars, "end", end)
     to = tmp_path / "to"
@@ -241,6 +241,7 @@ def test_ctrl_c_leaves_what_is_whole_and_says_how_to_go_on(files, command, tmp_p
             assert (to / name).read_bytes() == files[f"{FOLDER}/{name}"]
         monkeypatch.setattr(Bars, "end", real)
         assert command("data", "fetch", "--to", to, "--shards", 12)[0] == 0
+        is_over.set()
     assert len(data_files(to)) == 14
 
 
