@@ -109,8 +109,8 @@ def test_examples_name_commands_and_options_that_exist(
 
 def test_every_option_in_the_text_exists(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("COLUMNS", "200")
-    commands = (["train"], ["eval", "checkpoint"], ["eval", "harness"], ["compare", "memory"], ["compare", "perplexity"])
-    commands += (["data", "fetch"], ["data", "tokenise"])
+    commands = (["train"], ["eval", "checkpoint"], ["eval", "harness"])
+    commands += (["data", "fetch"], ["data", "tokenise"], ["compare", "memory"], ["compare", "perplexity"], ["doctor"])
     known = "".join(help_of(command, capsys) for command in commands)
     mentioned = set(re.findall(r"`(--[a-z-]+)", README))
     assert mentioned
