@@ -9,7 +9,8 @@ import sysconfig
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-WORKERS = min(os.cpu_count() or 1, 4)
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+WORKERS = min(CORES, 4)
 """Tests run side by side, each on one thread: so small a model gains nothing from more."""
 LINT_IMPORTS = Path(sysconfig.get_path("scripts")) / "lint-imports"
 
