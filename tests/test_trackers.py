@@ -19,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_trainer import Silent, failing_in, trained
 
 from velora_pretrain import cli
+from velora_pretrain.distributed import start_processes
 from velora_pretrain.errors import UserError
 from velora_pretrain.recipe import build_run, differences, flat_settings
 from velora_pretrain.records import RunFolder
@@ -27,6 +28,12 @@ from velora_pretrain.trainer import train
 
 STEPS = 6
 BOARD = {"tracking__trackers": ["tensorboard"]}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _processes() -> None:
+    """What accelerate's trackers ask for, whichever test is the first."""
+    start_processes("cpu")
 
 
 def scalars(path: Path) -> dict[str, list[tuple[int, float]]]:
@@ -249,6 +256,24 @@ def test_wandb_has_every_number_and_one_run_goes_on(
     assert settings.keys() >= hyperparameters(run).keys()
 
 
+def test_wandb_is_given_no_step_that_it_would_refuse_in_the_terminal(
+    tiny_run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    warnings: list[str] = []
+    trackers = Trackers(["wandb"], tiny_run(), RunFolder(tmp_path), step=0, warn=warnings.append)
+    for step in (1, 2, 3):
+        trackers.log(run_folders.training_record(step))
+    trackers.go_back(1)
+    for step in (2, 3, 4):
+        trackers.log(run_folders.training_record(step))
+    trackers.close()
+    assert not warnings
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert [row["_step"] for row in wandb_history(file)] == [1, 2, 3, 4]
+    assert "ignoring" not in (file.parent / "logs" / "debug-internal.log").read_text()
+
+
 def test_trackio_has_every_number_and_one_run_goes_on(
     tiny_run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -311,6 +336,30 @@ def test_a_tracker_that_fails_is_left_out_with_one_warning(
         f"tracker tensorboard: ConnectionError: {at}: the network is down; it is left out, and"
         f" {tmp_path / 'metrics.jsonl'} has every record"
     ]
+
+
+def test_a_tracker_that_would_exit_is_left_out(
+    tiny_run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TensorBoardTracker, "log", lambda *_, **__: sys.exit(1))
+    trackers, warnings = board(tmp_path, tiny_run)
+    trackers.log(run_folders.training_record(1))
+    trackers.close()
+    assert len(warnings) == 1
+    assert "SystemExit" in warnings[0]
+
+
+def test_ctrl_c_ends_the_wait_for_a_tracker_and_the_summary_is_there(
+    straight: tuple[Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def finish(self: TensorBoardTracker) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TensorBoardTracker, "finish", finish)
+    display = Silent()
+    summary = train(straight[0], RunFolder(tmp_path / "run"), resume=False, display=display)
+    assert summary["steps"] == STEPS
+    assert display.warnings == ["tracker tensorboard: its last records were not waited for"]
 
 
 def test_a_run_goes_on_without_a_tracker_that_fails(

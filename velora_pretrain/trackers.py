@@ -61,6 +61,8 @@ class Trackers:
     ) -> None:
         self._run, self._folder, self._warn = run, folder, warn
         self._running: dict[TrackerName, GeneralTracker] = {}
+        self._wandb_step = 0
+        """Before it, W&B takes nothing any more, and would complain of every step in the terminal."""
         for name in names:
             self._guarded(name, lambda name=name: self._start(name, step))
 
@@ -79,7 +81,9 @@ class Trackers:
             for place, sample in enumerate(samples, start=1)
         }
         for name, tracker in [*self._running.items()]:
-            self._guarded(name, lambda tracker=tracker: tracker.log(values, step=record.step))
+            if name != "wandb" or record.step >= self._wandb_step:
+                self._guarded(name, lambda tracker=tracker: tracker.log(values, step=record.step))
+        self._wandb_step = max(self._wandb_step, record.step)
 
     def go_back(self, step: int) -> None:
         """Drops what came after `step`, where that can be done: the run goes on from there.
@@ -92,9 +96,12 @@ class Trackers:
             self._guarded("tensorboard", lambda: (board.finish(), self._start("tensorboard", step)))
 
     def close(self) -> None:
-        """Returns when the trackers have what they were given."""
+        """Returns when the trackers have what they were given, or Ctrl-C ends the wait for one."""
         for name, tracker in [*self._running.items()]:
-            self._guarded(name, tracker.finish)
+            try:
+                self._guarded(name, tracker.finish)
+            except KeyboardInterrupt:
+                self._warn(f"tracker {name}: its last records were not waited for")
         self._running = {}
 
     def _start(self, name: TrackerName, step: int) -> None:
@@ -102,6 +109,8 @@ class Trackers:
         tracker.start()
         if name != "tensorboard" or not any((self._folder.path / name).glob("*/hparams.yml")):
             tracker.store_init_configuration(hyperparameters(self._run))
+        if name == "wandb":
+            self._wandb_step = tracker.tracker.starting_step  # pyright: ignore[reportAttributeAccessIssue]
         self._running[name] = tracker
 
     def _make(self, name: TrackerName, step: int) -> GeneralTracker:
@@ -124,7 +133,7 @@ class Trackers:
         try:
             act()
         # Another program's code, of which nothing may end the run.
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             self._running.pop(name, None)
             reason = next(iter(str(error).splitlines()), "").rstrip(".")
             self._warn(
