@@ -319,6 +319,30 @@ def test_mistakes_are_named() -> None:
         velora_adamw(add_velora(llama())).load_state_dict(torch.optim.AdamW(llama().parameters()).state_dict())
 
 
+def test_a_weight_that_is_the_embeddings_too_is_refused() -> None:
+    model = llama(tie_word_embeddings=True)
+    with pytest.raises(UserError, match=r"^layers: lm_head and model\.embed_tokens have one weight"):
+        add_velora(model, layers=("down_proj", "lm_head"))
+    add_velora(model)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_blocks_that_are_one_module_are_compressed_once() -> None:
+    model = llama(num_hidden_layers=2)
+    model.model.layers[1] = model.model.layers[0]
+    add_velora(model)
+    assert sum(isinstance(module, VeLoRALinear) for module in model.modules()) == 2
+
+
+@pytest.mark.parametrize("mistake", [{"layers": ("v_proj", "donw_proj")}, {"num_groups": {"down_proj": 7}}])
+def test_a_mistake_leaves_the_model_as_it_was(mistake: dict[str, Any]) -> None:
+    model = llama()
+    with pytest.raises(UserError):
+        add_velora(model, **mistake)
+    assert not any(isinstance(module, VeLoRALinear) for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_a_replica_in_the_same_process_is_refused() -> None:
     (direction, *_) = directions_of(add_velora(llama()))
     with pytest.raises(UserError, match="a process per GPU"):

@@ -63,7 +63,8 @@ def add_velora(
         The same model.
 
     Raises:
-        UserError: a name matches no layer, or a number of groups does not divide a width.
+        UserError: a name matches no layer, a weight belongs to others too, or a number of groups does not divide a
+            width.
     """
     try:
         added = compress_linears(model, layers=layers, num_groups=num_groups, init=init, scale=scale, seed=seed)

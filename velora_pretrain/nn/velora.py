@@ -20,7 +20,7 @@ saves no activation, only the cheaper gradient; and inputs far from v give a gra
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -225,14 +225,55 @@ def compress_linears(
         The new layers in the order of the model's modules.
 
     Raises:
-        UserError: a name matches no layer, or a number of groups does not divide a width.
+        UserError: a name matches no layer, a weight belongs to others too, or a number of groups does not divide a
+            width.
     """
     generator = torch.Generator().manual_seed(seed)
     directions: dict[tuple[str, str, int], Direction] = {}
     new_layers: list[VeLoRALinear] = []
+    # All are looked at before one is replaced: a mistake leaves the model as it was.
+    for place in _places(model, layers, num_groups or {}):
+        linear = place.linear
+        family = next((siblings[0] for siblings in SIBLINGS if place.name in siblings), place.name)
+        key = (place.parent_name, family, place.num_groups)
+        if key not in directions:
+            directions[key] = Direction(
+                linear.in_features,
+                place.num_groups,
+                init=init,
+                keeps_basis=keeps_basis,
+                generator=generator,
+                device=linear.weight.device,
+                dtype=_wide(linear.weight.dtype),
+            )
+        layer = VeLoRALinear(linear, directions[key], scale=scale)
+        setattr(place.owner, place.attribute, layer)
+        new_layers.append(layer)
+    return new_layers
+
+
+class _Place(NamedTuple):
+    """Where a linear layer is to be replaced."""
+
+    parent_name: str
+    name: str
+    owner: nn.Module
+    attribute: str
+    linear: nn.Linear
+    num_groups: int
+
+
+def _places(model: nn.Module, layers: Sequence[str], num_groups: Mapping[str, int]) -> list[_Place]:
+    """Every place in the order of the model's modules; raises as `compress_linears`."""
+    places: list[_Place] = []
     known: dict[str, None] = {}
-    for parent_name, parent in list(model.named_modules()):
-        for name, module in list(parent.named_children()):
+    holders: dict[Tensor, list[str]] = {}
+    for parent_name, parent in model.named_modules():
+        for name, module in parent.named_children():
+            for parameter in module.parameters(recurse=False):
+                holders.setdefault(parameter, []).append(f"{parent_name}.{name}".lstrip("."))
+    for parent_name, parent in model.named_modules():
+        for name, module in parent.named_children():
             # Where an adapter stands in a projection's place, it is the adapter's A that would keep the input.
             owner, attribute = (parent, name) if isinstance(module, nn.Linear) else (module, "lora_A")
             linear = getattr(owner, attribute, None)
@@ -241,35 +282,27 @@ def compress_linears(
             known[name] = None
             if name not in layers:
                 continue
+            if len(holders[linear.weight]) > 1:
+                together = " and ".join(holders[linear.weight])
+                raise UserError(
+                    f"modes.velora.layers: {together} have one weight, which only the sum of their gradients could"
+                    f" move; leave {name} out, or untie it first"
+                )
             features = linear.in_features
-            groups = (num_groups or {}).get(name) or default_num_groups(features)
+            groups = num_groups.get(name) or default_num_groups(features)
             if features % groups:
                 raise UserError(
                     f"modes.velora.num_groups.{name}: {groups} sub-tokens do not divide the width {features} of"
                     f" {parent_name}.{name}; for example {default_num_groups(features)} do"
                 )
-            family = next((siblings[0] for siblings in SIBLINGS if name in siblings), name)
-            key = (parent_name, family, groups)
-            if key not in directions:
-                directions[key] = Direction(
-                    features,
-                    groups,
-                    init=init,
-                    keeps_basis=keeps_basis,
-                    generator=generator,
-                    device=linear.weight.device,
-                    dtype=_wide(linear.weight.dtype),
-                )
-            layer = VeLoRALinear(linear, directions[key], scale=scale)
-            setattr(owner, attribute, layer)
-            new_layers.append(layer)
+            places.append(_Place(parent_name, name, owner, attribute, linear, groups))
     missing = [name for name in layers if name not in known]
     if missing:
         raise UserError(
             f"modes.velora.layers: no linear layer of the model is named {missing[0]}; those that train are"
             f" {', '.join(known) or 'none'}"
         )
-    return new_layers
+    return places
 
 
 def compressed_weights(model: nn.Module) -> dict[nn.Parameter, tuple[nn.Parameter, Tensor]]:
