@@ -293,6 +293,10 @@ def test_a_driver_without_a_gpu_in_pytorch_is_seen(tmp_path: Path, monkeypatch: 
     (tmp_path / "nvidia-smi").touch(mode=0o755)
     assert installation.has_idle_gpu("cpu")
     assert not installation.has_idle_gpu("cuda")
+    # Nor where it is the CPU that was asked for.
+    for is_seen in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda is_seen=is_seen: is_seen)
+        assert doctor._device_facts(torch.device("cpu"), 0)["has_idle_gpu"] is not is_seen
 
 
 def changed(facts: dict[str, Any], **values: Any) -> dict[str, Any]:

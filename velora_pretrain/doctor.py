@@ -107,7 +107,7 @@ def _device_facts(device: torch.device, free_bytes: int) -> dict[str, Any]:
         "count": count,
         "memory_bytes": memory_limit_bytes(device),
         "free_memory_bytes": free_bytes,
-        "has_idle_gpu": has_idle_gpu(device.type),
+        "has_idle_gpu": not torch.cuda.is_available() and has_idle_gpu(device.type),
     }
 
 
