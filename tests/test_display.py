@@ -191,6 +191,17 @@ def test_no_figure_is_broken_at_the_end_of_a_line(width: int):
     assert ("(1,234,567 tokens)" in terminal.text) == (width > 100)
 
 
+def test_steps_of_which_the_tokens_are_not_known_take_no_time():
+    terminal = Terminal()
+    with terminal.display as live:
+        live.start(name="60m-full", steps=100, done_steps=50)
+        records = [record(step) for step in range(1, 51)]
+        for each in records:
+            object.__setattr__(each, "tokens", math.nan)  # as of a record by hand
+        live.past(records)
+        assert live._times() == "0:00:00 · 0:00:00 left"  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def test_the_time_left_follows_the_last_steps_and_what_was_done_before_counts():
     terminal = Terminal()
     with terminal.display as live:

@@ -4,8 +4,10 @@ import json
 import os
 import re
 import sys
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -15,7 +17,7 @@ from velora_pretrain.errors import UserError
 from velora_pretrain.plots import MODE_COLOURS
 from velora_pretrain.records import RunFolder
 from velora_pretrain.report import write_report
-from velora_pretrain.run_view import view_run
+from velora_pretrain.run_view import memory_of, view_run
 
 PICTURES = (
     "loss_tokens",
@@ -295,6 +297,36 @@ def test_hostile_names_and_files_are_shown_and_do_nothing(tmp_path: Path):
     assert all(str(link).startswith(("#", "data:")) for link in links)
     for path in (tmp_path / "out" / "pictures").glob("*.svg"):
         ElementTree.parse(path)
+
+
+def rewritten(folder: RunFolder, change: Callable[[dict[str, Any]], object]) -> None:
+    records = list(folder.records())
+    for record in records:
+        change(record)
+    folder.metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def test_records_without_tokens_are_drawn_against_time_alone(tmp_path: Path):
+    folder = run_folders.write(tmp_path / "run", mode="full")
+    rewritten(folder, lambda record: record.pop("tokens", None))
+    names = {path.stem for path in write_report([folder.path], tmp_path / "out")[1:]}
+    assert {"loss_hours", "memory"} <= names
+    assert not {"loss_tokens", "perplexity_tokens", "speed"} & names
+
+
+def test_a_summary_by_hand_is_shown_as_far_as_it_can_be(tmp_path: Path):
+    folder = run_folders.write(tmp_path / "run", mode="full")
+    folder.summary.write_text(json.dumps({"predicted_memory": {"peak_bytes": "much"}, "final_evaluation": 3}))
+    view = view_run(folder)
+    assert view.final_evaluation == view.evaluations[-1]
+    assert memory_of(view.summary, "predicted") is None
+
+
+def test_something_else_for_a_number_is_told_with_its_step(tmp_path: Path):
+    folder = run_folders.write(tmp_path / "run", mode="full")
+    rewritten(folder, lambda record: record.update(grad_norm="much") if record["step"] == 3 else None)
+    with pytest.raises(UserError, match=r"metrics\.jsonl: step 3: grad_norm is no number \('much'\); remove the line"):
+        write_report([folder.path], tmp_path / "out")
 
 
 def test_names_that_no_file_system_of_today_would_give(tmp_path: Path):

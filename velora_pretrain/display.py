@@ -8,6 +8,7 @@ of several processes only rank 0 shows anything. No torch here: help and errors 
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections import deque
@@ -100,9 +101,10 @@ class LiveDisplay(Display):
         marks, before = [(0.0, 0)], 0
         for record in records:
             self._losses.add(record.loss_nats_per_token)
-            speed = record.tokens_per_second
-            marks.append((marks[-1][0] + ((record.tokens - before) / speed if speed > 0 else 0.0), record.step))
-            before = record.tokens
+            speed, is_counted = record.tokens_per_second, not math.isnan(record.tokens)
+            taken = (record.tokens - before) / speed if is_counted and speed > 0 else 0.0
+            marks.append((marks[-1][0] + taken, record.step))
+            before = record.tokens if is_counted else before
         if not records:
             return
         self._last, self._seconds_before = records[-1], marks[-1][0]

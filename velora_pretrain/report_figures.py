@@ -82,14 +82,14 @@ def draw_pictures(views: Sequence[RunView]) -> list[Picture]:
     def of_steps(key: str) -> tuple[Values, Values]:
         """A training figure against tokens and against time."""
         return (
-            lambda view: ((record["tokens"], record.get(key)) for record in view.training),
+            lambda view: ((record.get("tokens"), record.get(key)) for record in view.training),
             lambda view: zip(
                 times(hours_of[id(view)].training), [each.get(key) for each in view.training], strict=True
             ),
         )
 
     def perplexity_tokens(view: RunView) -> Iterable[tuple[float | None, float | None]]:
-        tokens_at = {record["step"]: record["tokens"] for record in view.training}
+        tokens_at = {record["step"]: record.get("tokens") for record in view.training}
         return ((tokens_at.get(each["step"]), each["perplexity"]) for each in view.evaluations)
 
     def perplexity_time(view: RunView) -> Iterable[tuple[float | None, float | None]]:

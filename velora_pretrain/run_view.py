@@ -20,6 +20,13 @@ from velora_pretrain.records import EvaluationRecord, RunFolder, TrainingRecord
 from velora_pretrain.run_lock import is_held
 
 State = Literal["running", "finished", "failed", "stopped"]
+_NUMBERS = {
+    each.name
+    for kind in (TrainingRecord, EvaluationRecord)
+    for each in dataclasses.fields(kind)
+    if not isinstance(each.default, str)
+}
+"""Fields of records that are numbers."""
 YOUNG_SECONDS = 120.0
 """Age of the newest record up to which a run without a lock file counts as running."""
 
@@ -77,9 +84,10 @@ class RunView:
             return Hours(training, evaluations)
         training, seconds, before = [], 0.0, 0
         for record in self.training:
-            speed = record.get("tokens_per_second")
-            seconds += (record["tokens"] - before) / speed if speed else 0.0
-            before = record["tokens"]
+            speed, tokens = record.get("tokens_per_second"), record.get("tokens")
+            if tokens is not None:
+                seconds += (tokens - before) / speed if speed else 0.0
+                before = tokens
             training.append(seconds / 3600)
         at = dict(zip((record["step"] for record in self.training), training, strict=True))
         return Hours(training, [at.get(record["step"]) for record in self.evaluations])
@@ -91,7 +99,8 @@ class RunView:
     @property
     def final_evaluation(self) -> dict[str, Any]:
         """The last evaluation there is; empty where there is none."""
-        return (self.summary or {}).get("final_evaluation") or (self.evaluations[-1] if self.evaluations else {})
+        found = (self.summary or {}).get("final_evaluation")
+        return found if isinstance(found, dict) and found else self.evaluations[-1] if self.evaluations else {}
 
 
 def are_timed(views: Iterable[RunView]) -> bool:
@@ -164,12 +173,20 @@ def read_records(folder: RunFolder) -> list[dict[str, Any]]:
     """All records of a run.
 
     Raises:
-        UserError: a line is no record; names the file.
+        UserError: a line is no record, or has something else for a number; names the file.
     """
     try:
-        return list(folder.records())
+        return [_checked(record, folder.metrics) for record in folder.records()]
     except OSError as error:
         raise UserError(f"{folder.metrics}: cannot be read as records ({error})") from None
+
+
+def _checked(record: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The record, if what a display or a picture calculates with are numbers."""
+    for key, value in record.items():
+        if key in _NUMBERS and value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise UserError(f"{path}: step {record['step']}: {key} is no number ({value!r}); remove the line")
+    return record
 
 
 def read_samples(folder: RunFolder) -> list[dict[str, Any]]:
@@ -273,4 +290,4 @@ def printable(text: str) -> str:
 def memory_of(summary: Mapping[str, Any] | None, kind: str) -> dict[str, int] | None:
     """Bytes by category at the peak of a step, predicted or measured; None where no such table was made."""
     use = (summary or {}).get(f"{kind}_memory")
-    return use if isinstance(use, dict) and use.get("peak_bytes") else None
+    return use if isinstance(use, dict) and isinstance(use.get("peak_bytes"), int) and use["peak_bytes"] else None
