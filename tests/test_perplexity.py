@@ -19,11 +19,12 @@ from rich.console import Console
 
 from velora_pretrain import cells as cells_module
 from velora_pretrain import cli
-from velora_pretrain.cells import Interrupted, _Training, last_training_record, train_cells
+from velora_pretrain.cells import Interrupted, _Training, last_training_record, run_folder, train_cells
 from velora_pretrain.config import Run
+from velora_pretrain.data.manifest import Manifest
 from velora_pretrain.display import Display
 from velora_pretrain.errors import UserError
-from velora_pretrain.perplexity import _check_same_text, check_comparable, compare_perplexity, result_rows
+from velora_pretrain.perplexity import _check_folders, _check_same_text, check_comparable, compare_perplexity, result_rows
 from velora_pretrain.records import RunFolder
 from velora_pretrain.tables import print_perplexity
 from velora_pretrain.variants import Cell, plan_cells
@@ -396,6 +397,24 @@ def test_runs_that_differ_in_something_else_cannot_be_compared():
         check_comparable(
             {"a": Run.model_validate(base), "b": Run.model_validate({**base, "reading": {"shuffle_seed": 1}})}
         )
+
+
+def test_c4_from_the_hub_and_from_a_folder_is_one_text(tmp_path: Path):
+    """So a comparison that was begun on the hub's files goes on with a folder."""
+    root, fetched = tmp_path / "compared", tmp_path / "c4-en"
+    fetched.mkdir()
+    (cell,) = grid(modes="full", rates="1", seeds="0", data=str(fetched))
+    streamed = cell.run.model_copy(update={"data": "c4"})
+    folder = run_folder(root, cell)
+    folder.path.mkdir(parents=True)
+    folder.write_run(streamed)
+    folder.summary.write_text("{}")
+    for check in (lambda: _check_folders([cell], root), lambda: check_comparable({"a": streamed, "b": cell.run})):
+        with pytest.raises(UserError, match=r"data\b.*'c4'"):
+            check()
+    Manifest().write(fetched)
+    _check_folders([cell], root)
+    check_comparable({"a": streamed, "b": cell.run})
 
 
 @pytest.mark.parametrize("key", ["tokenizer_sha256", "data_sha256", "tokens"])

@@ -23,7 +23,7 @@ from rich.console import Console
 
 from velora_pretrain.cells import is_done, run_folder, train_cells, was_side_by_side
 from velora_pretrain.config import BASELINE, Run
-from velora_pretrain.data.c4 import resolve
+from velora_pretrain.data.c4 import is_same_data, resolve
 from velora_pretrain.devices import pick_device
 from velora_pretrain.display import Display
 from velora_pretrain.errors import UserError
@@ -37,6 +37,8 @@ from velora_pretrain.variants import Cell
 
 COMPARED = ("mode", "optimizer.lr", "seed")
 """Keys in which the cells of a comparison may differ, beside those of `modes.`."""
+DATA = ("data", "validation_data")
+"""Keys that may have other words where the documents are the same."""
 SAME_TEXT = ("tokenizer_sha256", "data_sha256", "tokens")
 """Fields of summary.json that are the same where the same text was read in the same order."""
 
@@ -130,7 +132,8 @@ def _check_folders(cells: Sequence[Cell], root: Path) -> None:
     """Refuses a folder that holds something else than is asked for, before anything is trained."""
     for folder, cell in _folders_to_keep(cells, root).items():
         for key, (asked, has) in differences(cell.run, folder.read_run()).items():
-            if not key.startswith(MAY_CHANGE):
+            is_same = key in DATA and is_same_data(asked, has)
+            if not (key.startswith(MAY_CHANGE) or is_same):
                 raise UserError(
                     f"{folder.path}: {key} is {has!r} in the run that it holds, and {asked!r} is asked for; ask for the"
                     " same, or give another --run-dir"
@@ -149,7 +152,8 @@ def check_comparable(runs: Mapping[str, Run]) -> None:
     (first, first_run), *others = runs.items()
     for name, run in others:
         for key, (left, right) in differences(first_run, run).items():
-            if key not in COMPARED and not key.startswith(("modes.", *MAY_CHANGE)):
+            is_same = key in DATA and is_same_data(left, right)
+            if key not in COMPARED and not (key.startswith(("modes.", *MAY_CHANGE)) or is_same):
                 raise UserError(
                     f"{key}: {left!r} in {first} but {right!r} in {name}; the two cannot be compared, train one anew"
                 )

@@ -20,8 +20,8 @@ from velora_pretrain.checkpoint_files import (
     verified_state,
 )
 from velora_pretrain.config import Run
-from velora_pretrain.data.c4 import Source, is_c4, resolve
-from velora_pretrain.data.loader import evaluation_batches
+from velora_pretrain.data.c4 import Source, is_same_data, resolve
+from velora_pretrain.data.loader import evaluation_batches, fingerprint
 from velora_pretrain.data.needs import check_at_hand
 from velora_pretrain.data.token_cache import with_tokens
 from velora_pretrain.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
@@ -112,6 +112,8 @@ def prepare(
         run = run.model_copy(update={"data": source.name})
     validation = validation_source(run)
     path, state = agreed_checkpoint(folder, accelerator, display.warn) if resume else (None, {})
+    if recorded is not None:
+        _check_same_data(run, recorded, folder, source, state)
     if resume and path is None:
         display.note(f"{folder.path}: no whole checkpoint yet, starting from the beginning")
     initial = _initial_weights(run, accelerator, display) if run.init_from and path is None else None
@@ -290,14 +292,30 @@ def _reconciled(run: Run, recorded: Run, folder: RunFolder) -> Run:
         batch = run.batch.model_copy(update={"micro_batch": recorded.batch.micro_batch})
         run = run.model_copy(update={"batch": batch})
     for key, (given, was) in differences(run, recorded).items():
-        # Documents and their order are those of C4, wherever they are read; the cursor is held against them.
-        is_same = key in ("data", "validation_data") and is_c4(given) and is_c4(was)
-        if not (key.startswith(MAY_CHANGE) or is_same):
-            raise UserError(
-                f"{key}: {given!r} was asked for, but the run in {folder.path} has {was!r}; leave it out to go on, or"
-                " start a new run in another --run-dir"
-            )
+        is_same = key == "validation_data" and is_same_data(given, was)
+        # Of `data` it is seen later whether they are the same documents.
+        if not (key.startswith(MAY_CHANGE) or is_same or key == "data"):
+            raise _other(key, given, was, folder)
     return run
+
+
+def _check_same_data(run: Run, recorded: Run, folder: RunFolder, source: Source, state: dict[str, Any]) -> None:
+    """Sees that a resumed run reads the documents that it began with, though they may lie elsewhere by now.
+
+    Raises:
+        UserError: they are others, or no checkpoint tells.
+    """
+    order = (state.get("cursor") or {}).get("order")
+    known = order.get("data") if isinstance(order, dict) else None
+    if not is_same_data(run.data, recorded.data) and known != fingerprint(source):
+        raise _other("data", run.data, recorded.data, folder)
+
+
+def _other(key: str, given: object, was: object, folder: RunFolder) -> UserError:
+    return UserError(
+        f"{key}: {given!r} was asked for, but the run in {folder.path} has {was!r}; leave it out to go on, or start a"
+        " new run in another --run-dir"
+    )
 
 
 def _with_micro_batch(run: Run, accelerator: Accelerator) -> Run:

@@ -427,11 +427,21 @@ def test_training_on_a_folder_is_bitwise_training_on_the_stream(
     for name in ("stream", "tokens"):
         assert metrics(tmp_path / name) == expected
         assert weights(tmp_path / name, 12) == weights(tmp_path / "folder", 12)
-    # Another folder of files is other data.
+    # The folder moved away, and then it was given up.
+    moved = to.rename(tmp_path / "moved")
+    for name, data in {"stream": moved, "tokens": "c4"}.items():
+        shutil.rmtree(tmp_path / name / "checkpoints/step-00000012")
+        with hub_of(files, monkeypatch):
+            status, out, err = command("train", "--resume", "--run-dir", tmp_path / name, "--data", data)
+        assert status == 0 and "going on from" in out, err
+        assert metrics(tmp_path / name) == expected
+        assert weights(tmp_path / name, 12) == weights(tmp_path / "folder", 12)
+    # Another folder of files is other data, and nothing is written down of it.
     other = tmp_path / "other.jsonl"
     other.write_text('{"text": "balmer"}\n' * 100)
     status, _, err = command("train", "--resume", "--run-dir", tmp_path / "stream", "--data", other)
-    assert status == 2 and "data: " in err
+    assert status == 2 and f"data: '{other}' was asked for, but the run in" in err
+    assert f'data = "{moved}"' in (tmp_path / "stream/config.toml").read_text()
 
 
 def test_a_run_that_outgrows_its_folder_saves_what_it_has(files, command, tmp_path, monkeypatch, tiny_recipe):

@@ -144,6 +144,11 @@ def is_c4(data: object) -> bool:
     return data == "c4" or (isinstance(data, str) and is_fetched(Path(data).expanduser()))
 
 
+def is_same_data(one: object, other: object) -> bool:
+    """Whether two values of --data mean the same documents in the same order, as far as their words tell."""
+    return one == other or (is_c4(one) and is_c4(other))
+
+
 def is_offline() -> bool:
     """Whether the user wants the hub left alone."""
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")

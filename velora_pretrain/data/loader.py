@@ -134,7 +134,7 @@ class TrainLoader:
                 f"{world_size}"
             )
         order = {
-            "data": _fingerprint(source),
+            "data": fingerprint(source),
             "seed": seed,
             "shuffle_block_documents": shuffle_block_documents,
             "packing": packing,
@@ -310,7 +310,7 @@ def _digest(group: Sequences) -> str:
     return digest.hexdigest()
 
 
-def _fingerprint(source: Source) -> str:
+def fingerprint(source: Source) -> str:
     """Names the documents and, of local files, their sizes; not where they lie, so that a run can move."""
     names = [
         (PurePath(shard).name, Path(shard).stat().st_size if Path(shard).is_file() else None) for shard in source.shards
