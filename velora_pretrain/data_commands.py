@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -38,7 +39,7 @@ def fetch(
     from rich.console import Console
 
     from velora_pretrain.bars import Bars
-    from velora_pretrain.data.c4 import OFFLINE, is_offline
+    from velora_pretrain.data.c4 import OFFLINE, is_c4, is_offline
     from velora_pretrain.data.fetch import Fetch
     from velora_pretrain.data.manifest import take_manifest
     from velora_pretrain.data.needs import shards_to_fetch
@@ -56,7 +57,7 @@ def fetch(
         "seed": seed,
     }
     run = resolve(recipe, options, assignments)
-    if run.data not in ("c4", "auto") and recipe is not None:
+    if recipe is not None and run.data != "auto" and not is_c4(run.data):
         raise UserError(
             f"{recipe}: reads {run.data}, of which nothing is fetched; add --set data=c4 to read C4 instead"
         )
@@ -124,11 +125,12 @@ def tokenise(
     from rich.console import Console
 
     from velora_pretrain.bars import Bars, short_count
+    from velora_pretrain.cells import usable_cores
     from velora_pretrain.data.shard_tokens import Meta
     from velora_pretrain.data.token_jobs import jobs_of
     from velora_pretrain.data.tokenise import tokenise as write_tokens
-    from velora_pretrain.data.tokenise import usable_cores
     from velora_pretrain.data.tokenizer import load_tokenizer
+    from velora_pretrain.run_lock import RunLock
 
     began = time.monotonic()
     jobs, ready = jobs_of(data, load_tokenizer(tokenizer), output=output, for_evaluation=for_evaluation)
@@ -140,7 +142,13 @@ def tokenise(
         bars.end(meta.shard, f"{short_count(meta.num_tokens)} tokens")
 
     try:
-        with bars:
+        with ExitStack() as held, bars:
+            for folder in sorted({Path(job.folder).parent for job in jobs}):
+                lock = held.enter_context(RunLock(folder, file="tokenise.lock", busy="is tokenising; wait for it"))
+                try:
+                    lock.take()
+                except UserError as error:
+                    raise UserError(f"{error}; --output names another folder") from None
             bars.start(files=len(jobs))
             write_tokens(jobs, processes=processes or usable_cores(), tell=bars.advance, done=done)
     except KeyboardInterrupt:

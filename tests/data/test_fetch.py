@@ -413,6 +413,9 @@ def test_training_on_a_folder_is_bitwise_training_on_the_stream(
         assert status == 0, err
         # Reading ahead may come by shards after the last that is trained on.
         assert data_files(to).isdisjoint(path.rpartition("/")[2] for path, _ in hub.requests)
+        # What a run with that folder reads is C4, too.
+        status, out, err = command("data", "fetch", "--to", to, "--recipe", tmp_path / "folder/config.toml")
+        assert status == 0 and "0 of them fetched now" in out, err
     expected = metrics(tmp_path / "stream")
     assert len(expected) == 13 and metrics(tmp_path / "folder") == expected
     assert weights(tmp_path / "folder", 12) == weights(tmp_path / "stream", 12)

@@ -32,6 +32,7 @@ from velora_pretrain.data.token_jobs import Job, jobs_for
 from velora_pretrain.data.tokenise import tokenise, tokenise_shard
 from velora_pretrain.data.tokenizer import Tokenizer, load_tokenizer
 from velora_pretrain.errors import UserError
+from velora_pretrain.run_lock import RunLock
 
 TEXTS = [f"balmer cenos {'dip ' * (n % 9)}fol 日本 ½ {n}" for n in range(40)]
 TEXTS[5], TEXTS[6], TEXTS[17] = "", " \u2003\t ", "  gusun   hamer  "
@@ -356,6 +357,16 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, capfd, tiny_tokenizer, monkeypatch):
     assert "1 shards tokenised" in command(capfd, *arguments)[1]
 
 
+def test_two_do_not_tokenise_into_one_folder(tmp_path, capfd, tiny_tokenizer, tokenizer):
+    path = write(tmp_path, "a.jsonl")
+    arguments = ("--data", path, "--tokenizer", tiny_tokenizer, "--processes", 1)
+    with RunLock(tokens_folder(path, tokenizer.sha256, None).parent, file="tokenise.lock") as lock:
+        lock.take()
+        status, _, err = command(capfd, *arguments)
+    assert status == 2 and "is tokenising; wait for it; --output names another folder" in err and err.count("\n") == 1
+    assert "1 shards tokenised" in command(capfd, *arguments)[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -363,7 +374,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, capfd, tiny_tokenizer, monkeypatch):
         (["--data", "https://h/a.jsonl"], "is read over the network"),
         (["--data", "nothing.jsonl"], "nothing.jsonl: no such file"),
         (["--data", "{data}", "--tokenizer", "none.model"], "tokenizer: no file or folder none.model"),
-        (["--data", "{data}", "--output", "{data}"], "cannot be written"),
+        (["--data", "{data}", "--output", "{data}"], "cannot be written (Not a directory); --output names another"),
     ],
 )
 def test_mistakes_are_told_in_one_line(tmp_path, capfd, arguments, message):

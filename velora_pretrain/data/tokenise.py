@@ -46,11 +46,6 @@ Tell = Callable[[str, int], None]
 """Is told a shard's name and how many tokens more it has."""
 
 
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def tokenise(jobs: Sequence[Job], *, processes: int, tell: Tell, done: Callable[[Meta], None]) -> None:
     """Tokenises shards, several at a time.
 
