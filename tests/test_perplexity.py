@@ -24,7 +24,13 @@ from velora_pretrain.config import Run
 from velora_pretrain.data.manifest import Manifest
 from velora_pretrain.display import Display
 from velora_pretrain.errors import UserError
-from velora_pretrain.perplexity import _check_folders, _check_same_text, check_comparable, compare_perplexity, result_rows
+from velora_pretrain.perplexity import (
+    _check_folders,
+    _check_same_text,
+    check_comparable,
+    compare_perplexity,
+    result_rows,
+)
 from velora_pretrain.records import RunFolder
 from velora_pretrain.tables import print_perplexity
 from velora_pretrain.variants import Cell, plan_cells

@@ -31,6 +31,7 @@ from velora_pretrain.options import (
     Mode,
     Precision,
     Recipe,
+    RunTokenizer,
     SequenceLength,
     Settings,
     Size,
@@ -75,12 +76,7 @@ def train(
     mode: Mode = None,
     recipe: Recipe = None,
     data: Annotated[str | None, typer.Option(help=f"{DATA_HELP} By default the recipe's, else auto.")] = None,
-    tokenizer: Annotated[
-        str | None,
-        typer.Option(
-            help="bundled, a SentencePiece model's path, or a hub name; by default the recipe's, else bundled."
-        ),
-    ] = None,
+    tokenizer: RunTokenizer = None,
     init_from: Annotated[
         str | None,
         typer.Option(

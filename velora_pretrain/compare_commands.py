@@ -18,6 +18,7 @@ from velora_pretrain.options import (
     MicroBatch,
     Precision,
     Recipe,
+    RunTokenizer,
     SequenceLength,
     Settings,
     Size,
@@ -236,12 +237,7 @@ def compare_perplexity(
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps of each run; by default the recipe's.")] = None,
     data: Annotated[str | None, typer.Option(help=f"{DATA_HELP} By default the recipe's, else auto.")] = None,
-    tokenizer: Annotated[
-        str | None,
-        typer.Option(
-            help="bundled, a SentencePiece model's path, or a hub name; by default the recipe's, else bundled."
-        ),
-    ] = None,
+    tokenizer: RunTokenizer = None,
     run_dir: Annotated[
         Path | None,
         typer.Option(

@@ -118,10 +118,9 @@ Json = Annotated[
     typer.Option("--json", help="File to write the result to; - is standard output. By default none.", metavar="FILE"),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.", autocompletion=completing(lambda: DEVICES))]
-FolderTokenizer = Annotated[
-    str | None,
-    typer.Option(help="bundled, a SentencePiece model's path, or a hub name; by default the folder's own."),
-]
+_TOKENIZERS = "bundled, a SentencePiece model's path, or a hub name"
+FolderTokenizer = Annotated[str | None, typer.Option(help=f"{_TOKENIZERS}; by default the folder's own.")]
+RunTokenizer = Annotated[str | None, typer.Option(help=f"{_TOKENIZERS}; by default the recipe's, else bundled.")]
 DATA_HELP = "auto, c4, sample, or a path, folder, glob or URL of .json, .jsonl (.gz, .zst) or .parquet files."
 
 

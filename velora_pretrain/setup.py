@@ -125,11 +125,11 @@ def prepare(
     validation, more = with_tokens(validation, tokenizer, run.reading.token_cache, for_evaluation=True)
     for remark in dict.fromkeys(remarks + more):
         display.note(remark)
-    _check_validation(run, validation, tokenizer)
-    run = _with_micro_batch(run, accelerator)
     elsewhere = check_at_hand(run, source, validation, first_position=_first_position(state))
     if elsewhere:
         display.note(elsewhere)
+    _check_validation(run, validation, tokenizer)
+    run = _with_micro_batch(run, accelerator)
     # Every process has looked at the folder before the first one changes it.
     meet(accelerator)
     if accelerator.is_main_process:

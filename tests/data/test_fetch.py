@@ -454,6 +454,12 @@ def test_a_run_that_outgrows_its_folder_saves_what_it_has(files, command, tmp_pa
     train = ("train", "--recipe", recipe, "--data", to, "--run-dir")
     status, _, err = command(*train, tmp_path / "early", "--steps", 12)
     assert status == 2 and "holds 2 of the 5 training shards" in err and "data fetch" in err and err.count("\n") == 1
+    # Nor does the first validation document, which is looked at, go before what the whole run asks for.
+    held_out = to / names("validation", 1)[0]
+    held_out.rename(tmp_path / "away")
+    status, _, err = command(*train, tmp_path / "early", "--steps", 4)
+    assert status == 2 and "of the 1 validation shards" in err and "data fetch --to" in err and "--seed 7" in err, err
+    (tmp_path / "away").rename(held_out)
     # Where the estimate was wrong.
     monkeypatch.setitem(needs.DOCUMENTS_PER_SHARD, "train", 1000)
     status, _, err = command(*train, tmp_path / "late", "--steps", 12)
