@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.filesize import decimal
 
 from velora_pretrain.errors import UserError
 from velora_pretrain.options import INTERRUPTED, Recipe, Settings, Size, names_model
@@ -90,7 +91,7 @@ def fetch(
     total_bytes = sum(work.manifest.files[shard.rpartition("/")[2]].size_bytes for shard in wanted)
     print(
         f"{to}: training shards 1 to {count} of the order that seed {run.shuffle_seed} draws, and {len(wanted) - count}"
-        f" for validation; {len(wanted)} files, {total_bytes / 1e9:.2f} GB, {bars.ended_files} of them fetched now"
+        f" for validation; {len(wanted)} files, {decimal(total_bytes)}, {bars.ended_files} of them fetched now"
     )
     what = f"--recipe {shlex.quote(recipe)}" if recipe else f"--size {run.size if is_run_known else 'SIZE'}"
     what += "" if seed is None else f" --seed {seed}"
@@ -159,7 +160,7 @@ def tokenise(
     size_bytes = sum(sum(meta.sizes_bytes().values()) for meta in written)
     print(
         f"{data}: {len(written)} shards tokenised in {time.monotonic() - began:.0f} s, {ready} were before;"
-        f" {records:,} documents, {short_count(tokens)} tokens, {size_bytes / 1e9:.2f} GB"
+        f" {records:,} documents, {short_count(tokens)} tokens, {decimal(size_bytes)}"
     )
     if output is not None:
         print(f"runs read them with: --set reading.token_cache={shlex.quote(str(output))}")

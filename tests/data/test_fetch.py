@@ -215,7 +215,7 @@ def test_room_is_looked_at_before_a_byte_is_fetched(files, command, tmp_path, mo
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with linked_hub(files, monkeypatch) as (_, store):
         status, _, err = command("data", "fetch", "--to", tmp_path / "to", "--shards", 12)
-    assert status == 2 and re.search(r"to: \d\.\d\d GB are to be fetched and 0\.00 GB are free; make room", err)
+    assert status == 2 and re.search(r"to: [\d.]+ kB are to be fetched and 1\.0 kB are free; make room", err)
     assert err.count("\n") == 1
     assert all(headers["Range"] == "bytes=0-0" for _, headers in store.requests)
 

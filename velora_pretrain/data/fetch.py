@@ -22,6 +22,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
+from rich.filesize import decimal
+
 from velora_pretrain.bars import Bars
 from velora_pretrain.data import remote
 from velora_pretrain.data.manifest import FetchedFile, Manifest
@@ -188,7 +190,7 @@ class Fetch:
         free_bytes = shutil.disk_usage(self._folder).free
         if size_bytes > free_bytes:
             raise UserError(
-                f"{self._folder}: {size_bytes / 1e9:.2f} GB are to be fetched and {free_bytes / 1e9:.2f} GB are free;"
+                f"{self._folder}: {decimal(size_bytes)} are to be fetched and {decimal(free_bytes)} are free;"
                 " make room, or give fewer --shards or another --to"
             )
 
@@ -211,7 +213,7 @@ class Fetch:
             if sha256 == facts.sha256 or (facts.sha256 is None and size_bytes == facts.size_bytes):
                 part.replace(path)
                 self._note(path.name, FetchedFile(size_bytes=size_bytes, sha256=sha256, revision=facts.revision))
-                self._bars.end(path.name, f"{size_bytes / 1e6:.1f} MB")
+                self._bars.end(path.name, decimal(size_bytes))
                 return
             if facts.sha256 is not None:
                 part.unlink()
