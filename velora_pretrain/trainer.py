@@ -384,11 +384,10 @@ class Trainer:
                 return
         self._record_failure(step, f"the loss is {loss}, the gradient norm {grad_norm}{reason}")
         taken = "cut short" if self.in_backward else "not taken"
-        raise UserError(
-            f"step {step}: {where}{reason}. The step was {taken}; {self._last_saved()}."
-            " Lower the learning rate, or set optimizer.clip_norm, in a new run; or let optimizer.not_finite = skip or"
-            " rollback go on after that"
-        )
+        advice = "Lower the learning rate, or set optimizer.clip_norm, in a new run"
+        if run.optimizer.not_finite == "stop":
+            advice += "; or let optimizer.not_finite = skip or rollback go on after that"
+        raise UserError(f"step {step}: {where}{reason}. The step was {taken}; {self._last_saved()}. {advice}")
 
     def _roll_back(self, step: int, batch: Batch) -> None:
         """Takes model, optimizer and counts back to the newest checkpoint; the data go on after `batch`."""
