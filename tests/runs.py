@@ -15,6 +15,19 @@ import sentencepiece
 ROOT = Path(__file__).parents[1]
 WORDS = [f"{a}{b}" for a in ("ba", "ce", "di", "fo", "gu", "ha", "ki") for b in ("l", "mer", "nos", "p", "rat", "sun")]
 
+TRICKY_TEXTS = [
+    "two  spaces,   three\n\nand newlines\r\n\ttabs ",
+    "   ",
+    "\n",
+    "",
+    "Héllo wörld — “quoted”… don't",
+    "😀 👩‍👩‍👧 漢字かな 한국어 नमस्ते العربية",
+    "ﬁne ½ Ａ ｶﾞ \u3000 e\u0301 \u200b zero width",
+    "a\x00b 12345 3.14 0x0A",
+]
+"""Each breaks some tokenizer: several spaces, newlines, no text, characters of 2 to 4 bytes, joined emoji, ligatures
+and fractions (which NFKC rewrites), full-width and zero-width ones, a NUL, digits."""
+
 MODEL = {
     "vocab_size": 128,
     "hidden_size": 32,

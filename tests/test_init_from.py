@@ -314,7 +314,7 @@ def test_mistakes_are_told_at_once(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     shutil.copytree(given, tmp_path / "UNTOLD", ignore=shutil.ignore_patterns("tokenizer*"))
-    (tmp_path / "RUN").mkdir()
+    (tmp_path / "RUN" / "checkpoints" / "step-00000009-copy").mkdir(parents=True)  # not named as checkpoints are
     (tmp_path / "RUN" / "config.toml").write_text("")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(trainer_module, "train", lambda *_, **__: pytest.fail("it trains"))

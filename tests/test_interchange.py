@@ -22,19 +22,7 @@ from velora_pretrain.run_lock import RunLock
 from velora_pretrain.trainer import Trainer
 
 PROMPTS = ["bal cemer", "difo  gul", "ki"]
-# Each breaks some tokenizer: several spaces, newlines, characters of 2 to 4 bytes, joined emoji, ligatures, no text.
-TEXTS = [
-    "balmer cenos.",
-    "two  spaces,   three\n\nand newlines\r\n\ttabs ",
-    " leading",
-    "   ",
-    "\n",
-    "",
-    "Héllo wörld — “quoted”… don't",
-    "😀 👩‍👩‍👧 漢字かな 한국어 नमस्ते العربية",
-    "ﬁne ½ Ａ ｶﾞ \u3000 e\u0301 \u200b zero width",
-    "a\x00b 12345 3.14 0x0A",
-]
+TEXTS = ["balmer cenos.", " leading", *runs.TRICKY_TEXTS]
 
 
 @pytest.fixture(scope="module", params=["full", "velora", "lora", "lora+velora"])

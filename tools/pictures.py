@@ -9,6 +9,7 @@ report of the runs under RUNS. A headless Chromium draws both.
 from __future__ import annotations
 
 import argparse
+import io
 import shlex
 import subprocess
 import sys
@@ -75,7 +76,7 @@ def write_pictures(*, runs: Sequence[Path], steps: int, output: Path) -> None:
         folder = Path(name)
         train = [sys.executable, "-m", "velora_pretrain", "train", "--recipe", "quickstart"]
         screen = terminal_after(train, f"{steps}/100 steps", folder)
-        console = Console(record=True, width=COLUMNS, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
+        console = Console(record=True, width=COLUMNS, file=io.StringIO())
         prompt = "$ velora-pretrain train --recipe quickstart\n"
         console.print(Text(prompt) + Text.from_ansi(screen), soft_wrap=True)
         page = folder / "live.html"

@@ -33,7 +33,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from velora_pretrain.display import SPEED_WINDOW_SECONDS
 from velora_pretrain.errors import UserError
-from velora_pretrain.records import RunFolder, write_atomically
+from velora_pretrain.files import write_atomically
+from velora_pretrain.records import RunFolder
 from velora_pretrain.signals import Interrupted, StopSignals
 from velora_pretrain.variants import Cell
 

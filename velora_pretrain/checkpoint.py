@@ -36,15 +36,15 @@ from velora_pretrain.checkpoint_files import (
     read_tensors,
     reason_of,
     recover_replaced,
-    sha256_of,
     signed,
     tensor_shapes,
 )
 from velora_pretrain.dimensions import LlamaConfig
 from velora_pretrain.errors import UserError
-from velora_pretrain.llama_folder import CONFIG
+from velora_pretrain.files import sha256_of
+from velora_pretrain.llama_folder import CONFIG, step_of
 from velora_pretrain.nn.llama import Llama
-from velora_pretrain.records import RunFolder, step_of
+from velora_pretrain.records import RunFolder
 
 Shape = tuple[int, ...]
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from velora_pretrain.errors import UserError
-from velora_pretrain.json_files import read_json
+from velora_pretrain.files import read_json, sha256_of
 from velora_pretrain.llama_folder import CONFIG
 from velora_pretrain.records import RunFolder
 
@@ -154,12 +154,6 @@ def _opened(path: Path) -> Iterator[Any]:
             yield file
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: not a whole safetensors file ({reason_of(error)})") from None
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, in hex digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def reason_of(error: Exception) -> str:

@@ -37,12 +37,9 @@ def eval_checkpoint(
 ) -> None:
     """Score validation text: perplexity, bits per byte, tokens."""
     from velora_pretrain.display import make_display, process_rank
-    from velora_pretrain.records import newest_run
     from velora_pretrain.tables import print_evaluation
 
-    path = path or newest_run(RUNS).path
-    if not path.exists():
-        raise UserError(f"{path}: no such checkpoint or run folder")
+    path = _chosen(path)
 
     from velora_pretrain.evaluation import evaluate_checkpoint
 
@@ -92,12 +89,9 @@ def eval_harness(
         raise UserError('eval harness needs lm-evaluation-harness: pip install "velora-pretrain[harness]"')
 
     from velora_pretrain.display import make_display
-    from velora_pretrain.records import newest_run
     from velora_pretrain.tables import print_harness
 
-    path = path or newest_run(RUNS).path
-    if not path.exists():
-        raise UserError(f"{path}: no such checkpoint or run folder")
+    path = _chosen(path)
 
     from velora_pretrain.harness import run_harness
 
@@ -116,3 +110,13 @@ def eval_harness(
     write_json(json_file, result)
     if json_file != "-":
         print_harness(result)
+
+
+def _chosen(path: Path | None) -> Path:
+    """The folder that was given, else the newest run's."""
+    from velora_pretrain.records import newest_run
+
+    path = path or newest_run(RUNS).path
+    if not path.exists():
+        raise UserError(f"{path}: no such checkpoint or run folder")
+    return path

@@ -27,7 +27,8 @@ from velora_pretrain.devices import autocast, pick_device
 from velora_pretrain.display import Display
 from velora_pretrain.errors import UserError
 from velora_pretrain.hugging_face import load_llama
-from velora_pretrain.records import EvaluationRecord, RunFolder, fields_of, safe_exp, step_of
+from velora_pretrain.llama_folder import step_of
+from velora_pretrain.records import EvaluationRecord, RunFolder, fields_of, safe_exp
 
 PAPER_RANKS = 4
 """GPUs of the published 60m runs."""

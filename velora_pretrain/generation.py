@@ -25,9 +25,10 @@ from velora_pretrain.devices import autocast, pick_device
 from velora_pretrain.display import Display
 from velora_pretrain.errors import UserError
 from velora_pretrain.evaluation import find_checkpoint
+from velora_pretrain.files import write_atomically
 from velora_pretrain.hugging_face import load_llama
 from velora_pretrain.nn.llama import Llama
-from velora_pretrain.records import lines_up_to, write_atomically
+from velora_pretrain.records import lines_up_to
 
 PROMPT_TOKENS = 16
 """Tokens of a validation document that a logged continuation begins with, of a shorter document half."""

@@ -19,6 +19,7 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -29,7 +30,7 @@ from velora_pretrain.config import Run
 from velora_pretrain.data.tokenizer import load_tokenizer
 from velora_pretrain.devices import pick_device
 from velora_pretrain.display import Display
-from velora_pretrain.errors import UserError
+from velora_pretrain.errors import UserError, one_line
 from velora_pretrain.evaluation import find_checkpoint
 from velora_pretrain.hugging_face import weight_files
 from velora_pretrain.llama_folder import has_tokenizer, read_config
@@ -39,6 +40,9 @@ FEW_SHOT_SEED = 1234
 """Of the examples in a prompt: the harness's own default."""
 BOOTSTRAP_DRAWS = 1000
 """For standard errors that have no closed form."""
+
+_reason = partial(one_line, most_letters=200)
+"""What the harness says of a failure."""
 
 
 def run_harness(
@@ -94,7 +98,7 @@ def run_harness(
             results = evaluate(model, loaded, limit=limit, bootstrap_iters=BOOTSTRAP_DRAWS, log_samples=False)
         except (AssertionError, ValueError) as error:
             # What a task asks for that this model, or this command, does not give.
-            raise UserError(f"--tasks: {_one_line(error)}") from error
+            raise UserError(f"--tasks: {_reason(error)}") from error
     return {
         "rows": _rows(results),
         "checkpoint": str(checkpoint),
@@ -136,7 +140,7 @@ def _saved_tokenizer(checkpoint: Path) -> Any:
         try:
             return transformers.AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError) as error:
-            raise UserError(f"{checkpoint}: transformers cannot load its tokenizer ({_one_line(error)})") from error
+            raise UserError(f"{checkpoint}: transformers cannot load its tokenizer ({_reason(error)})") from error
 
 
 def _load_tasks(names: Sequence[str], task_path: Path | None, few_shot: int | None) -> dict[str, Any]:
@@ -158,7 +162,7 @@ def _load_tasks(names: Sequence[str], task_path: Path | None, few_shot: int | No
         loaded = manager.load(found)
     except Exception as error:
         # Whatever a task's own code, a file of it or the hub may raise.
-        raise UserError(f"--tasks {','.join(names)}: cannot be loaded ({_one_line(error)})") from error
+        raise UserError(f"--tasks {','.join(names)}: cannot be loaded ({_reason(error)})") from error
     for task in loaded["tasks"].values():
         fixed = task.get_config("num_fewshot")
         if fixed is None or (few_shot is not None and fixed != 0):
@@ -216,8 +220,3 @@ def _rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
                 }
             )
     return rows
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else f"{text[:197]}..."

@@ -6,6 +6,7 @@ key that says so.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ from pydantic import ValidationError
 
 from velora_pretrain.dimensions import SIZES, LlamaConfig
 from velora_pretrain.errors import UserError
-from velora_pretrain.json_files import read_json
+from velora_pretrain.files import read_json
 
 CONFIG = "config.json"
 TOKENIZER_FILES = ("spiece.model", "tokenizer.model")
 """T5's name for a SentencePiece model and LLaMA's, in the order tried."""
 
+_CHECKPOINT_NAME = re.compile(r"step-(\d{8,})")
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "attention_bias": (None, False),
     "mlp_bias": (None, False),
@@ -132,8 +134,22 @@ def _folder_with_weights(path: Path) -> Path:
         raise UserError(f"init_from: no folder {path}; give a Hugging Face LLaMA folder, a run folder or a checkpoint")
     if (path / CONFIG).exists() or not (path / "config.toml").exists():
         return path
-    # Their names end in the step, in eight digits or more.
-    checkpoints = sorted(path.glob("checkpoints/step-*"), key=lambda each: (len(each.name), each.name))
-    if not checkpoints:
+    newest = next(iter(checkpoints_newest_first(path / "checkpoints")), None)
+    if newest is None:
         raise UserError(f"init_from: the run in {path} has no checkpoint yet")
-    return checkpoints[-1]
+    return newest
+
+
+def checkpoints_newest_first(folder: Path) -> list[Path]:
+    """Every checkpoint below a run's folder of them, whole or not, from the newest step to the oldest."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if _CHECKPOINT_NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint folder's name."""
+    match = _CHECKPOINT_NAME.fullmatch(checkpoint.name)
+    assert match is not None
+    return int(match[1])

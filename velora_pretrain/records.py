@@ -18,7 +18,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +27,8 @@ import tomli_w
 
 from velora_pretrain.config import Run
 from velora_pretrain.errors import UserError
+from velora_pretrain.files import write_atomically
+from velora_pretrain.llama_folder import checkpoints_newest_first
 from velora_pretrain.recipe import build_run, read_recipe
 
 GIB = 2**30
@@ -37,8 +38,6 @@ MAX_RECORD_BYTES = 1 << 20
 """Longest line of metrics.jsonl that is read."""
 BLOCK_BYTES = 2**14
 """Read at once from the end of metrics.jsonl."""
-
-_CHECKPOINT_NAME = re.compile(r"step-(\d{8,})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,10 +152,7 @@ class RunFolder:
 
     def checkpoints_newest_first(self) -> list[Path]:
         """Every checkpoint folder, whole or not, from the newest step to the oldest."""
-        if not self.checkpoints.is_dir():
-            return []
-        found = [path for path in self.checkpoints.iterdir() if _CHECKPOINT_NAME.fullmatch(path.name) and path.is_dir()]
-        return sorted(found, key=step_of, reverse=True)
+        return checkpoints_newest_first(self.checkpoints)
 
     def read_run(self) -> Run:
         """The run's configuration.
@@ -274,13 +270,6 @@ def record_of(line: bytes, place: str) -> dict[str, Any]:
     raise UserError(f"{place}: not a record of a run; remove the line, or the file from there on")
 
 
-def step_of(checkpoint: Path) -> int:
-    """The step in a checkpoint folder's name."""
-    match = _CHECKPOINT_NAME.fullmatch(checkpoint.name)
-    assert match is not None
-    return int(match[1])
-
-
 def newest_run(runs: Path) -> RunFolder:
     """The run folder under `runs` whose metrics or configuration changed last.
 
@@ -295,13 +284,3 @@ def newest_run(runs: Path) -> RunFolder:
         return max(path.stat().st_mtime for path in (folder.config, folder.metrics) if path.exists())
 
     return max(folders, key=changed)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes `content` to `path`, on disk whole or not at all: temporary file, fsync, rename."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

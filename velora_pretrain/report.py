@@ -15,8 +15,8 @@ from typing import Any
 
 from velora_pretrain.config import MODES
 from velora_pretrain.errors import UserError
+from velora_pretrain.files import write_atomically
 from velora_pretrain.plots import HOW_TO_INSTALL, STYLE, has_matplotlib, save_figures
-from velora_pretrain.records import write_atomically
 from velora_pretrain.report_figures import MOST_NAMED, Picture, draw_pictures
 from velora_pretrain.report_page import inline_svg, render_page
 from velora_pretrain.run_view import find_runs, run_names, view_run

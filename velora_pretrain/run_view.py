@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from velora_pretrain.config import Run
 from velora_pretrain.errors import UserError
-from velora_pretrain.json_files import read_json
+from velora_pretrain.files import read_json
 from velora_pretrain.records import EvaluationRecord, RunFolder, TrainingRecord
 from velora_pretrain.run_lock import is_held
 

@@ -16,7 +16,6 @@ from velora_pretrain.checkpoint_files import (
     newest_whole,
     recover_replaced,
     set_aside_newer,
-    sha256_of,
     verified_state,
 )
 from velora_pretrain.config import Run
@@ -29,6 +28,7 @@ from velora_pretrain.display import Display
 from velora_pretrain.distributed import largest, meet, of_first_process
 from velora_pretrain.errors import UserError
 from velora_pretrain.evaluation import find_checkpoint, has_separate_validation, validation_source
+from velora_pretrain.files import sha256_of
 from velora_pretrain.hugging_face import start_llama, weight_files
 from velora_pretrain.llama_folder import has_tokenizer, read_config
 from velora_pretrain.modes import build_mode
@@ -119,7 +119,12 @@ def prepare(
     initial = _initial_weights(run, accelerator, display) if run.init_from and path is None else None
     tokenizer = _tokenizer(run, path)
     check_vocabulary(tokenizer, run.llama.vocab_size)
-    if initial and has_tokenizer(initial) and load_tokenizer(str(initial)).sha256 != tokenizer.sha256:
+    if (
+        initial is not None
+        and run.tokenizer != str(initial)
+        and has_tokenizer(initial)
+        and load_tokenizer(str(initial)).sha256 != tokenizer.sha256
+    ):
         display.warn(f"tokenizer: {tokenizer.name} is not the one in {initial}, whose weights know other pieces")
     source, remarks = with_tokens(source, tokenizer, run.reading.token_cache)
     validation, more = with_tokens(validation, tokenizer, run.reading.token_cache, for_evaluation=True)

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from velora_pretrain.config import Run
 from velora_pretrain.errors import UserError
-from velora_pretrain.json_files import read_json
+from velora_pretrain.files import read_json, write_atomically
 from velora_pretrain.recipe import flat_settings
-from velora_pretrain.records import EvaluationRecord, RunFolder, TrainingRecord, fields_of, write_atomically
+from velora_pretrain.records import EvaluationRecord, RunFolder, TrainingRecord, fields_of
 from velora_pretrain.sections import TrackerName
 
 if TYPE_CHECKING:

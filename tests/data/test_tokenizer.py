@@ -11,27 +11,14 @@ import time
 from pathlib import Path
 
 import pytest
+import runs
 import sentencepiece
 
 from velora_pretrain.data.tokenizer import BUNDLED_FILE, Tokenizer, check_vocabulary, load_tokenizer
 from velora_pretrain.data.tokenizer_proto import read_model, round_scores, strip_provenance
 from velora_pretrain.errors import UserError
 
-# Each breaks some tokenizer: several spaces, newlines, characters of 2 to 4 bytes, joined emoji, ligatures and
-# fractions (which NFKC rewrites), full-width and zero-width ones, a NUL, digits, no text at all.
-TEXTS = [
-    "Plain English prose, with a comma.",
-    "two  spaces,   three\n\nand newlines\r\n\ttabs ",
-    " leading space",
-    "   ",
-    "\n",
-    "",
-    "Héllo wörld — “quoted”… don't",
-    "😀 👩‍👩‍👧 漢字かな 한국어 नमस्ते العربية",
-    "ﬁne ½ Ａ ｶﾞ \u3000 e\u0301 \u200b zero width",
-    "a\x00b 12345 3.14 0x0A",
-    "x" * 300,
-]
+TEXTS = ["Plain English prose, with a comma.", " leading space", *runs.TRICKY_TEXTS, "x" * 300]
 
 
 @pytest.fixture(scope="module")

@@ -317,7 +317,7 @@ def _read_block(
             if bad_lines > max_bad_lines:
                 raise UserError(f"{message}; mend it or raise max_bad_lines (now {max_bad_lines})")
             logger.warning("%s; skipped (%d of at most %d)", message, bad_lines, max_bad_lines)
-        elif isinstance(found.text, str) and (not found.text or found.text.isspace()):
+        elif found.is_empty:
             empty_documents += 1
         else:
             texts.append(found.text)

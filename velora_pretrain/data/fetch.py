@@ -28,6 +28,7 @@ from velora_pretrain.bars import Bars
 from velora_pretrain.data import remote
 from velora_pretrain.data.manifest import FetchedFile, Manifest
 from velora_pretrain.errors import UserError
+from velora_pretrain.files import sha256_of
 
 ATTEMPTS = 3
 """Times that a file is fetched whose size or hash is not what the hub says."""
@@ -175,8 +176,7 @@ class Fetch:
         path = self._path(shard)
         if not path.is_file() or path.stat().st_size != facts.size_bytes or facts.sha256 is None:
             return False
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        sha256 = sha256_of(path)
         if sha256 == facts.sha256:
             self._note(path.name, FetchedFile(size_bytes=facts.size_bytes, sha256=sha256, revision=facts.revision))
         return sha256 == facts.sha256

@@ -14,8 +14,7 @@ from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from velora_pretrain.errors import UserError
-from velora_pretrain.json_files import read_json
-from velora_pretrain.records import write_atomically
+from velora_pretrain.files import read_json, write_atomically
 
 Split = Literal["train", "validation"]
 C4_FOLDER = "hf://datasets/allenai/c4/en"

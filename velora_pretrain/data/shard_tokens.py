@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from velora_pretrain.data.source import Record, Tokenised
 from velora_pretrain.errors import UserError
-from velora_pretrain.json_files import read_json
+from velora_pretrain.files import read_json
 
 TOKENS_FILE, BYTES_FILE, DOCUMENTS_FILE, META_FILE = "tokens.bin", "bytes.bin", "documents.bin", "tokens.meta"
 FORMAT = 1

@@ -51,6 +51,11 @@ class Record(NamedTuple):
     fault: str | None
     """What is wrong with it; None if the record is good."""
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether it is good, and of no text but white space."""
+        return isinstance(self.text, str) and (not self.text or self.text.isspace())
+
 
 def ending(shard: str) -> str:
     """The ending of a shard's name that says its format.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from velora_pretrain.data.shard_tokens import META_FILE, ShardTokens, Unusable, 
 from velora_pretrain.data.token_cache import local_shards
 from velora_pretrain.data.tokenizer import Tokenizer
 from velora_pretrain.errors import UserError
-from velora_pretrain.records import write_atomically
+from velora_pretrain.files import sha256_of, write_atomically
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +96,7 @@ def _is_ready(path: Path, folder: Path, tokenizer: Tokenizer, with_bytes: bool) 
         try:
             check_shard(meta, path)
         except Unusable:
-            if meta.shard_size_bytes != path.stat().st_size or meta.shard_sha256 != file_sha256(path):
+            if meta.shard_size_bytes != path.stat().st_size or meta.shard_sha256 != sha256_of(path):
                 return False
             meta = dataclasses.replace(meta, shard_mtime_ns=path.stat().st_mtime_ns)
             write_atomically(folder / META_FILE, json.dumps(dataclasses.asdict(meta)).encode())
@@ -107,9 +106,3 @@ def _is_ready(path: Path, folder: Path, tokenizer: Tokenizer, with_bytes: bool) 
         return True
     except (Unusable, UserError, OSError):
         return False
-
-
-def file_sha256(path: Path) -> str:
-    """Of its bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

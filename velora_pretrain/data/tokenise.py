@@ -32,10 +32,10 @@ from velora_pretrain.data.shard_tokens import (
     Meta,
 )
 from velora_pretrain.data.source import Record, place, read_records
-from velora_pretrain.data.token_jobs import Job, file_sha256
+from velora_pretrain.data.token_jobs import Job
 from velora_pretrain.data.tokenizer import Tokenizer, load_tokenizer
 from velora_pretrain.errors import UserError
-from velora_pretrain.records import write_atomically
+from velora_pretrain.files import sha256_of, write_atomically
 
 CHUNK_RECORDS = 256
 MAX_BAD_RECORDS = 10_000
@@ -173,7 +173,7 @@ def _write(job: Job, shard: Path, folder: Path, tokenizer: Tokenizer, tell: Tell
         shard=shard.name,
         shard_size_bytes=before.st_size,
         shard_mtime_ns=before.st_mtime_ns,
-        shard_sha256=file_sha256(shard),
+        shard_sha256=sha256_of(shard),
         dtype=dtype,
         num_records=num_records,
         num_tokens=num_tokens,
@@ -192,7 +192,7 @@ def _tokens_of(
     chunk: Sequence[Record], tokenizer: Tokenizer, dtype: str, with_bytes: bool, before: int
 ) -> tuple[Any, Any, Any]:
     """Rows of documents.bin, tokens, and the bytes of each token, of some records."""
-    texts = [record.text for record in chunk if isinstance(record.text, str) and _has_text(record.text)]
+    texts = [record.text for record in chunk if isinstance(record.text, str) and not record.is_empty]
     if with_bytes:
         encoded = tokenizer.encode_with_bytes(texts)
         ids, sizes = [each for each, _ in encoded], [each for _, each in encoded]
@@ -202,16 +202,12 @@ def _tokens_of(
     counts = np.fromiter(itertools.chain.from_iterable(sizes), "<u4")
     lengths, start, rows = iter(map(len, ids)), 0, []
     for record in chunk:
-        kind = BAD if record.text is None else GOOD if _has_text(record.text) else EMPTY
+        kind = BAD if record.text is None else EMPTY if record.is_empty else GOOD
         end = start + (next(lengths) if kind == GOOD else 0)
         checksums = (zlib.crc32(numbers[start:end].data) for numbers in (values, counts))
         rows.append([record.number, before + end, kind, *checksums])
         start = end
     return np.array(rows, "<i8"), values, counts
-
-
-def _has_text(text: Any) -> bool:
-    return bool(text) and not text.isspace()
 
 
 def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:

@@ -17,7 +17,7 @@ import sentencepiece
 
 from velora_pretrain.data.tokenizer_export import write_pretrained
 from velora_pretrain.data.tokenizer_proto import BYTE, read_model, read_spans
-from velora_pretrain.errors import UserError
+from velora_pretrain.errors import UserError, one_line
 from velora_pretrain.llama_folder import TOKENIZER_FILES
 
 BUNDLED_FILE = Path(__file__).with_name("bundled") / "c4-openwebtext-32k.model"
@@ -53,7 +53,7 @@ class Tokenizer:
             self._processor.LoadFromSerializedProto(model_file)
         except (ValueError, RuntimeError) as error:
             raise UserError(
-                f"tokenizer: {name} is not a whole SentencePiece model ({_one_line(error)}); "
+                f"tokenizer: {name} is not a whole SentencePiece model ({one_line(error)}); "
                 "fetch it again or give another"
             ) from error
         self._model_file = model_file
@@ -157,7 +157,7 @@ def load_tokenizer(name_or_path: str, *, name: str | None = None) -> Tokenizer:
     try:
         model_file = path.read_bytes()
     except OSError as error:
-        raise UserError(f"tokenizer: cannot read {path} ({_one_line(error)}); give a readable file") from error
+        raise UserError(f"tokenizer: cannot read {path} ({one_line(error)}); give a readable file") from error
     return Tokenizer(model_file, name or name_or_path)
 
 
@@ -237,7 +237,7 @@ def _download(name: str) -> Path:
             f"tokenizer: the hub has no {name}, or it is private; give another name, a path, or bundled"
         ) from error
     except Exception as error:  # connection, proxy, certificate, disk: the client raises many kinds
-        raise UserError(f"tokenizer: fetching {name} failed ({_one_line(error)}); {OFFLINE_HELP}") from error
+        raise UserError(f"tokenizer: fetching {name} failed ({one_line(error)}); {OFFLINE_HELP}") from error
     raise UserError(
         f"tokenizer: {name} on the hub holds no {' or '.join(TOKENIZER_FILES)}; give another name or a path"
     )
@@ -258,8 +258,3 @@ def _answers(endpoint: str) -> bool:
 
 def _without_surrogates(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 160 else f"{text[:157]}..."

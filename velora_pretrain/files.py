@@ -1,8 +1,10 @@
-"""JSON files of others: read within bounds. No torch here."""
+"""Files: JSON of others read within bounds, contents written whole, and their hashes. No torch here."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -30,3 +32,19 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
     return value
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes `content` to `path`, on disk whole or not at all: temporary file, fsync, rename."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
